@@ -1,0 +1,337 @@
+"""What is written: rollouts, components, codecs and plans as validated records without behaviour.
+
+Everything here is data that survives the process. Derived values (hashes, chunk sizes, the layout) are computed, never
+passed in, and an invalid instance can't be held.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datastore.errors import PlanError
+from datastore.layout import Ragged
+
+__all__ = [
+    "CODECS",
+    "COMPONENTS",
+    "DTYPES",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "ROLES",
+    "SEGMENTS",
+    "STATISTICS",
+    "Annotation",
+    "Codec",
+    "ComponentSpec",
+    "LabelValue",
+    "Plan",
+    "Rollout",
+    "digest",
+]
+
+FORMAT = "activation-datastore"
+FORMAT_VERSION = 1
+ROLES = ("none", "system", "user", "assistant", "tool")
+SEGMENTS = ("prompt", "response")
+COMPONENTS = (
+    "residual",
+    "resid_pre",
+    "attn_out",
+    "mlp_out",
+    "attn_contribution",
+    "mlp_contribution",
+    "k_proj",
+    "v_proj",
+)
+DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+STATISTICS = ("count", "sum", "sum_squares", "sum_abs", "max_abs", "sum_unit", "nonfinite")
+CODECS = ("zstd", "lz4", "none")
+STATS_SHARE = 0.03
+"""Statistics are kept per rollout where they cost at most this share of the raw data."""
+
+LabelValue = str | int | float | bool
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of `value` as canonical JSON (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Annotation:
+    """A labelled token span of a rollout, half-open, counted from the rollout's first token."""
+
+    token_start: int
+    token_end: int
+    label: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.token_start <= self.token_end:
+            raise PlanError(
+                f"annotation {self.label!r} spans tokens [{self.token_start}, {self.token_end}), which is no range; "
+                "give 0 <= token_start <= token_end"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rollout:
+    """One token sequence and what is known of it before the model runs.
+
+    Parameters
+    ----------
+    rollout_id : str
+        Its name, unique in a store.
+    token_ids : int32 array, shape (T,)
+        The truth about its text; T >= 1.
+    prompt_end : int
+        Position of the first response token; T when all of it is prompt. Default T.
+    role : int8 array (T,), optional
+        Codes into `ROLES`; default all "none".
+    turn : int32 array (T,), optional
+        Turn number from 0, -1 outside any turn; default all -1.
+    thinking : bool array (T,), optional
+        Inside a reasoning range; default all False.
+    labels : mapping
+        Named properties of the rollout: str, int, float or bool.
+    annotations : tuple of Annotation
+    tags : tuple of str
+    prompt_set : str
+    """
+
+    rollout_id: str
+    token_ids: NDArray[np.int32]
+    prompt_end: int = -1
+    role: NDArray[np.int8] | None = None
+    turn: NDArray[np.int32] | None = None
+    thinking: NDArray[np.bool_] | None = None
+    labels: Mapping[str, LabelValue] = field(default_factory=dict)
+    annotations: tuple[Annotation, ...] = ()
+    tags: tuple[str, ...] = ()
+    prompt_set: str = ""
+
+    def __post_init__(self) -> None:
+        ids = np.asarray(self.token_ids)
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise PlanError(
+                f"rollout {self.rollout_id!r}: token ids must be one row of integers, got {ids.dtype} {ids.shape}"
+            )
+        if ids.size == 0:
+            raise PlanError(f"rollout {self.rollout_id!r} has 0 tokens; there is nothing to capture, leave it out")
+        if not self.rollout_id:
+            raise PlanError("a rollout has an empty rollout_id; name every rollout")
+        if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+            raise PlanError(f"rollout {self.rollout_id!r} has token id {ids.min()}..{ids.max()}, outside int32")
+        self._set("token_ids", np.ascontiguousarray(ids, dtype=np.int32))
+        self._set("prompt_end", ids.size if self.prompt_end == -1 else self.prompt_end)
+        self._set("role", self._per_token("role", 0, np.int8))
+        self._set("turn", self._per_token("turn", -1, np.int32))
+        self._set("thinking", self._per_token("thinking", False, np.bool_))
+        self._check_ranges()
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _per_token(self, name: str, default: int, dtype: type[np.generic]) -> NDArray[Any]:
+        value = getattr(self, name)
+        array = np.full(self.n_tokens, default, dtype) if value is None else np.ascontiguousarray(value, dtype=dtype)
+        if array.shape != (self.n_tokens,):
+            raise PlanError(
+                f"rollout {self.rollout_id!r}: {name} has shape {array.shape} for {self.n_tokens} tokens; "
+                "give one value per token"
+            )
+        return array
+
+    def _check_ranges(self) -> None:
+        if not 0 <= self.prompt_end <= self.n_tokens:
+            raise PlanError(
+                f"rollout {self.rollout_id!r}: prompt_end {self.prompt_end} is outside 0..{self.n_tokens} tokens"
+            )
+        for one in self.annotations:
+            if one.token_end > self.n_tokens:
+                raise PlanError(
+                    f"rollout {self.rollout_id!r}: annotation {one.label!r} ends at token {one.token_end}, "
+                    f"beyond its {self.n_tokens} tokens"
+                )
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens."""
+        return int(self.token_ids.shape[0])
+
+    @cached_property
+    def segment(self) -> NDArray[np.int8]:
+        """Codes into `SEGMENTS`, one per token."""
+        return (np.arange(self.n_tokens) >= self.prompt_end).astype(np.int8)
+
+    @cached_property
+    def token_sha256(self) -> str:
+        """Hash of the token ids as little-endian int32."""
+        return hashlib.sha256(self.token_ids.astype("<i4").tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentSpec:
+    """A component as stored: its name, width, dtype, and the module path it is read from."""
+
+    name: str
+    width: int
+    dtype: str
+    hook: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise PlanError(f"component {self.name!r} is not a name; use letters, digits and underscores")
+        if self.width < 1:
+            raise PlanError(f"component {self.name} has width {self.width}; it must be at least 1")
+        if self.dtype not in DTYPES:
+            raise PlanError(f"component {self.name} has dtype {self.dtype!r}; a store holds {', '.join(DTYPES)}")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per value."""
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codec:
+    """How a chunk is compressed; crc32c always follows.
+
+    Blosc with byte shuffle and blocks of 512 KiB was measured best for bfloat16 (docs/design/0001-store.md).
+    """
+
+    name: Literal["zstd", "lz4", "none"] = "zstd"
+    level: int = 1
+    blocksize: int = 512 * 1024
+
+    def __post_init__(self) -> None:
+        if self.name not in CODECS:
+            raise PlanError(f"codec {self.name!r} is not known; choose one of {', '.join(CODECS)}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """One capture before it is carried out: which rows, in which batches, on which layout.
+
+    Parameters
+    ----------
+    rollouts : tuple of Rollout
+        In the order of the token axis, which is batch order.
+    batches : tuple of tuple of str
+        Rollout ids that are computed together. A batch may name rollouts of `company` too: they are computed, because
+        they were in the batch when their other layers were captured, and not stored.
+    company : mapping of rollout id to token ids
+    layers : tuple of int
+        Real layer numbers, ascending.
+    components : tuple of ComponentSpec
+    codec : Codec
+    chunk_tokens : mapping of component name to tokens per chunk
+    batch_tokens : int
+        The padded token budget the batches were formed with.
+    vocab : mapping of token id to its bytes
+    provenance : mapping
+        JSON: `model`, `tokenizer`, `settings`, `environment`.
+    request : str
+        Hash of what was asked, before what the store had was left out.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    batches: tuple[tuple[str, ...], ...]
+    layers: tuple[int, ...]
+    components: tuple[ComponentSpec, ...]
+    chunk_tokens: Mapping[str, int]
+    batch_tokens: int
+    codec: Codec = field(default_factory=Codec)
+    company: Mapping[str, NDArray[np.int32]] = field(default_factory=dict)
+    vocab: Mapping[int, bytes] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    request: str = ""
+
+    def __post_init__(self) -> None:
+        ids = [r.rollout_id for r in self.rollouts]
+        if not ids:
+            raise PlanError("the plan has no rollouts; give at least one")
+        twice = sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
+        if twice:
+            raise PlanError(f"rollout id {twice[0]!r} is there more than once; rollout ids must be unique")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise PlanError(f"layers {list(self.layers)} must be at least one, ascending, without repeats, from 0")
+        names = [c.name for c in self.components]
+        if not names or len(set(names)) < len(names):
+            raise PlanError(f"components {names} must be at least one, each once")
+        self._check_batches(ids)
+
+    def _check_batches(self, ids: list[str]) -> None:
+        members = [i for batch in self.batches for i in batch if i not in self.company]
+        if members != ids:
+            raise PlanError(
+                f"the plan's batches hold {len(members)} stored rollouts in an order that differs from its table of "
+                f"{len(ids)}; rollouts must lie in batch order, each once"
+            )
+
+    @cached_property
+    def ragged(self) -> Ragged:
+        """Rollout <-> token range on the token axis."""
+        return Ragged([r.n_tokens for r in self.rollouts])
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the token axis."""
+        return self.ragged.n_tokens
+
+    @property
+    def stride(self) -> int:
+        """Tokens of the largest chunk: parts are cut at multiples of it."""
+        return max(self.chunk_tokens[c.name] for c in self.components)
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Row of each stored rollout id."""
+        return {r.rollout_id: row for row, r in enumerate(self.rollouts)}
+
+    def component(self, name: str) -> ComponentSpec:
+        """Return the component called `name`."""
+        for one in self.components:
+            if one.name == name:
+                return one
+        raise PlanError(f"component {name!r} is not in this plan, which has {', '.join(c.name for c in self.components)}")
+
+    def tokens(self, rollout_id: str) -> NDArray[np.int32]:
+        """Return the token ids of a rollout of this plan or of its company."""
+        if rollout_id in self.rows:
+            return self.rollouts[self.rows[rollout_id]].token_ids
+        return self.company[rollout_id]
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of all components before compression."""
+        return sum(self.n_tokens * len(self.layers) * c.width * c.itemsize for c in self.components)
+
+    @property
+    def stats_level(self) -> Literal["rollout", "capture"]:
+        """Keep statistics per rollout where that costs at most `STATS_SHARE` of the raw data, else per capture."""
+        segments = sum(1 + (0 < r.prompt_end < r.n_tokens) for r in self.rollouts)
+        cost = segments * 5 * 8 * sum(c.width for c in self.components)
+        raw = self.n_tokens * sum(c.width * c.itemsize for c in self.components)
+        return "rollout" if cost <= STATS_SHARE * raw else "capture"
+
+    @cached_property
+    def key(self) -> str:
+        """Name of the plan's directory: a hash of all that decides the bits, so the same command finds it again."""
+        return digest(
+            {
+                "request": self.request,
+                "rollouts": [[r.rollout_id, r.token_sha256] for r in self.rollouts],
+                "batches": self.batches,
+                "layers": self.layers,
+                "components": [[c.name, c.width, c.dtype, c.hook] for c in self.components],
+                "codec": [self.codec.name, self.codec.level, self.codec.blocksize],
+                "chunk_tokens": dict(self.chunk_tokens),
+                "model": self.provenance.get("model"),
+            }
+        )[:16]
