@@ -1,0 +1,60 @@
+# Everything a person types: `make demo`, `make test`. Each sets up .venv by itself; PYTHON=python3.12 chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := $(wildcard calibrate capture datastore experiments project view)
+DEMO := build/demo.zarr
+
+# The same numbers on every machine, nothing fetched, no thread pool inside each of the test processes.
+QUIET_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false PYTHONHASHSEED=0
+TEST_ENV := $(QUIET_ENV) HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 COLUMNS=120 NO_COLOR=1
+JOBS ?= 2
+
+.PHONY: setup demo test check lint types imports bench bench-store bench-capture clean
+.DEFAULT_GOAL := test
+
+setup: $(STAMP)
+
+# torch is asked for by its exact version, so that a machine that has that build at hand takes it and no other.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: setup
+	rm -rf $(DEMO) $(DEMO).plans
+	@mkdir -p $(dir $(DEMO))
+	$(QUIET_ENV) $(BIN)/python -m capture --store $(DEMO)
+	$(BIN)/python -m datastore info $(DEMO)
+	$(BIN)/python -m datastore verify $(DEMO) --full
+
+test: check
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+check: lint types imports
+
+lint: setup
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy $(PACKAGES) tests
+
+imports: setup
+	$(BIN)/lint-imports
+
+# Rates are ratios to references measured in the same run; the thread pools are the machine's own.
+bench: bench-store bench-capture
+
+bench-store: setup
+	$(QUIET_ENV) $(BIN)/python -m benchmarks.store $(BENCH_ARGS)
+
+bench-capture: setup
+	$(QUIET_ENV) $(BIN)/python -m benchmarks.capture $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
