@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := $(wildcard calibrate capture datastore experiments project view)
+PACKAGES := $(wildcard benchmarks calibrate capture datastore experiments project view)
 DEMO := build/demo.zarr
 
 # The same numbers on every machine, nothing fetched, no thread pool inside each of the test processes.

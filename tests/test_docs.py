@@ -1,11 +1,13 @@
 """Every block of Python and of shell in README.md and docs/ is run, page by page and in order, in an empty directory.
 
 A page is one reader's session: its Python blocks share their names, its shell blocks the directory. A block that can't
-be run has a reason on the line above its fence: `<!-- no-test: needs a network -->`.
+be run has a reason on the line above its fence: `<!-- no-test: needs a network -->`. Examples in docstrings run too.
 """
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -21,6 +23,12 @@ from tests import house
 RUN = ("python", "bash")
 SHOWN = ("text", "json", "toml", "yaml")  # `text` for output, layouts on disk and the like
 PAGES = [house.ROOT / "README.md", *sorted((house.ROOT / "docs").rglob("*.md"))]
+EXAMPLES = [
+    ".".join(path.relative_to(house.ROOT).with_suffix("").parts)
+    for package in house.PACKAGES
+    for path in house.sources(package)
+    if "\n    >>> " in path.read_text(encoding="utf-8")
+]
 FENCE = re.compile(r"^```(\w*)\s*$")
 REASON = re.compile(r"<!-- no-test: \S.* -->")
 
@@ -79,6 +87,13 @@ def run_page(page: Path) -> int:
 def test_a_page_does_what_it_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_page(page)
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_the_examples_in_docstrings_do_what_they_say(module: str) -> None:
+    ran = doctest.testmod(importlib.import_module(module))
+    assert ran.attempted > 0
+    assert ran.failed == 0
 
 
 PAGE = """
