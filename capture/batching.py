@@ -1,0 +1,103 @@
+"""Which rollouts share a forward pass: arithmetic on lengths, no model and no tensors."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_HOST_BYTES = {"cpu": 1 << 30}
+_HOST_BYTES_BESIDE_ACCELERATOR = 8 << 30
+_WORK_SHARE = 0.15
+_LEAST, _MOST = 512, 16_384
+
+
+def batches(lengths: Mapping[str, int] | Sequence[int], *, batch_tokens: int) -> tuple[tuple[int, ...], ...]:
+    """Divide rollouts into batches of similar length, longest first.
+
+    The longest come first so that a batch that does not fit in memory shows at once. Equal lengths keep their order.
+
+    Parameters
+    ----------
+    lengths : sequence or mapping of int
+        Tokens of each rollout; of a mapping, its values in its order.
+    batch_tokens : int
+        Most tokens of a batch with its padding: rollouts in it x the longest of them. A rollout longer than that is a
+        batch of its own.
+
+    Returns
+    -------
+    tuple of tuples of int
+        Indices into `lengths`, each exactly once.
+
+    Raises
+    ------
+    ValueError
+        Where a length or the budget is below 1.
+    """
+    counts = list(lengths.values()) if isinstance(lengths, Mapping) else list(lengths)
+    if batch_tokens < 1 or min(counts, default=1) < 1:
+        raise ValueError(f"no batch of {batch_tokens} tokens holds a rollout of {min(counts, default=1)} tokens")
+    made: list[list[int]] = []
+    for index in sorted(range(len(counts)), key=lambda i: (-counts[i], i)):
+        if made and (len(made[-1]) + 1) * counts[made[-1][0]] <= batch_tokens:
+            made[-1].append(index)
+        else:
+            made.append([index])
+    return tuple(map(tuple, made))
+
+
+def halves(batch: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...]]:
+    """The two halves of a batch that did not fit, in order; the first is never the smaller."""
+    middle = (len(batch) + 1) // 2
+    return tuple(batch[:middle]), tuple(batch[middle:])
+
+
+def auto_batch_tokens(config: Any, device: Any, *, device_bytes: int | None = None) -> int:
+    """Token budget of a batch from the model's sizes and the device, never from what happens to be free.
+
+    Two needs are counted. Rows wait in host memory until their forward has succeeded: width x layers x bytes a token,
+    within 1 GiB beside a CPU and 8 GiB beside an accelerator (for one component on all layers). The forward itself
+    works on the device: about 16 widths of the residual, the gate, up and down products of the MLP or of the experts a
+    token is sent to, all in the compute dtype, and float32 copies of the residual; within 15 % of the device's memory.
+
+    Parameters
+    ----------
+    config : transformers config
+        Of the model or of its text part.
+    device : str or torch.device
+        Only its type counts, and for an accelerator its total memory.
+    device_bytes : int, optional
+        Total memory of the device; of an accelerator read from it when not given.
+
+    Returns
+    -------
+    int
+        A power of two from 512 to 16384.
+    """
+    kind = str(device).partition(":")[0]
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    itemsize = 4 if "float32" in str(getattr(text, "dtype", None)) else 2
+    host = text.hidden_size * text.num_hidden_layers * itemsize
+    budget = _HOST_BYTES.get(kind, _HOST_BYTES_BESIDE_ACCELERATOR) // host
+    if kind != "cpu":
+        total = device_bytes if device_bytes is not None else _device_bytes(device)
+        budget = min(budget, int(total * _WORK_SHARE) // _work_bytes(text, itemsize))
+    return _power_of_two(max(_LEAST, min(_MOST, budget)))
+
+
+def _work_bytes(text: Any, itemsize: int) -> int:
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    active = getattr(text, "num_experts_per_tok", None) or 1
+    expert = getattr(text, "moe_intermediate_size", None) or inner
+    widest = max(inner, active * (expert + text.hidden_size))
+    return int(itemsize * (16 * text.hidden_size + 3 * widest) + 8 * text.hidden_size)
+
+
+def _device_bytes(device: Any) -> int:
+    import torch  # the arithmetic above must work where torch is not installed
+
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n.bit_length() - 1)
