@@ -1,12 +1,16 @@
 """Foreign JSON read within bounds: size, depth, encoding, and errors that name file and line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from experiments.errors import ExperimentError
 
 __all__ = ["MAX_BYTES", "Json", "load_json", "load_records", "where"]
+
+# An escaped surrogate: half of a pair passes json.loads and fails much later, in the tokenizer.
+_SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 
 Json = Any
 """What `json.loads` gives; narrowed by pydantic, never trusted."""
@@ -43,7 +47,14 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
 def parse(text: str, path: Path, *, line: int | None = None) -> Json:
     """Parse one JSON document; `line` is where it starts when it is one line of a file."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise ExperimentError(
+            f"{where(path, line)}: holds half a surrogate pair, which is no character; mend the text"
+        ) from None
     except json.JSONDecodeError as error:
         place = where(path, error.lineno if line is None else line)
         end = "the file ends too early, it may be cut short" if not text[error.pos :].strip() else error.msg
