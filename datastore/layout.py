@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from datastore.errors import PlanError
 
-__all__ = ["Piece", "Ragged", "chunk_range", "chunk_tokens", "chunks_of", "n_chunks", "part_range"]
+__all__ = ["Piece", "Ragged", "batches", "chunk_range", "chunk_tokens", "chunks_of", "n_chunks", "part_range"]
 
 MOST_TOKENS = 1024
 MOST_BYTES = 8 << 20
@@ -70,6 +70,32 @@ def part_range(part: int, parts: int, *, n_tokens: int, stride: int) -> tuple[in
     total = n_chunks(n_tokens, stride)
     start, stop = (part - 1) * total // parts, part * total // parts
     return min(start * stride, n_tokens), min(stop * stride, n_tokens)
+
+
+def batches(counts: Sequence[int], *, budget: int) -> list[list[int]]:
+    """Group rollouts by length into batches of at most `budget` padded tokens (rollouts x longest).
+
+    Parameters
+    ----------
+    counts : sequence of int
+        Tokens of each rollout.
+    budget : int
+        Padded tokens a batch may hold; a longer rollout is a batch of its own.
+
+    Returns
+    -------
+    list of list of int
+        Indices into `counts`; ascending by length, ties in the order given, so the same counts give the same batches.
+    """
+    if budget < 1:
+        raise PlanError(f"a batch of {budget} tokens holds nothing; give at least 1")
+    groups: list[list[int]] = []
+    for index in sorted(range(len(counts)), key=lambda i: (counts[i], i)):
+        if groups and (len(groups[-1]) + 1) * counts[index] <= budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 @dataclass(frozen=True, slots=True)

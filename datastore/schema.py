@@ -6,7 +6,7 @@ passed in, and an invalid instance can't be held.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -27,6 +27,7 @@ __all__ = [
     "SEGMENTS",
     "STATISTICS",
     "Annotation",
+    "Batch",
     "Codec",
     "ComponentSpec",
     "LabelValue",
@@ -215,6 +216,33 @@ class Codec:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Rollouts that are computed together.
+
+    Parameters
+    ----------
+    members : tuple of str
+        Rollout ids, in the order of the batch's rows.
+    company : mapping of rollout id to token ids
+        Members that are computed and not stored, because they were in the batch when its other layers were captured: a
+        rollout's bits may depend on the rollouts beside it.
+    """
+
+    members: tuple[str, ...]
+    company: Mapping[str, NDArray[np.int32]] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Members whose rows are stored."""
+        return tuple(name for name in self.members if name not in self.company)
+
+    def of(self, members: Sequence[str]) -> "Batch":
+        """Return the batch of some of the members, in the order given."""
+        company = {name: ids for name, ids in self.company.items() if name in members}
+        return Batch(members=tuple(members), company=company)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """One capture before it is carried out: which rows, in which batches, on which layout.
 
@@ -222,10 +250,7 @@ class Plan:
     ----------
     rollouts : tuple of Rollout
         In the order of the token axis, which is batch order.
-    batches : tuple of tuple of str
-        Rollout ids that are computed together. A batch may name rollouts of `company` too: they are computed, because
-        they were in the batch when their other layers were captured, and not stored.
-    company : mapping of rollout id to token ids
+    batches : tuple of Batch
     layers : tuple of int
         Real layer numbers, ascending.
     components : tuple of ComponentSpec
@@ -238,19 +263,21 @@ class Plan:
         JSON: `model`, `tokenizer`, `settings`, `environment`.
     request : str
         Hash of what was asked, before what the store had was left out.
+    statistics : bool
+        Keep statistics and token norms.
     """
 
     rollouts: tuple[Rollout, ...]
-    batches: tuple[tuple[str, ...], ...]
+    batches: tuple[Batch, ...]
     layers: tuple[int, ...]
     components: tuple[ComponentSpec, ...]
     chunk_tokens: Mapping[str, int]
     batch_tokens: int
     codec: Codec = field(default_factory=Codec)
-    company: Mapping[str, NDArray[np.int32]] = field(default_factory=dict)
     vocab: Mapping[int, bytes] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     request: str = ""
+    statistics: bool = True
 
     def __post_init__(self) -> None:
         ids = [r.rollout_id for r in self.rollouts]
@@ -267,7 +294,7 @@ class Plan:
         self._check_batches(ids)
 
     def _check_batches(self, ids: list[str]) -> None:
-        members = [i for batch in self.batches for i in batch if i not in self.company]
+        members = [name for batch in self.batches for name in batch.stored]
         if members != ids:
             raise PlanError(
                 f"the plan's batches hold {len(members)} stored rollouts in an order that differs from its table of "
@@ -299,13 +326,15 @@ class Plan:
         for one in self.components:
             if one.name == name:
                 return one
-        raise PlanError(f"component {name!r} is not in this plan, which has {', '.join(c.name for c in self.components)}")
+        raise PlanError(
+            f"component {name!r} is not in this plan, which has {', '.join(c.name for c in self.components)}"
+        )
 
-    def tokens(self, rollout_id: str) -> NDArray[np.int32]:
-        """Return the token ids of a rollout of this plan or of its company."""
-        if rollout_id in self.rows:
-            return self.rollouts[self.rows[rollout_id]].token_ids
-        return self.company[rollout_id]
+    def tokens(self, batch: Batch, rollout_id: str) -> NDArray[np.int32]:
+        """Return the token ids of a member of a batch, stored or company."""
+        if rollout_id in batch.company:
+            return batch.company[rollout_id]
+        return self.rollouts[self.rows[rollout_id]].token_ids
 
     @property
     def raw_bytes(self) -> int:
@@ -327,11 +356,12 @@ class Plan:
             {
                 "request": self.request,
                 "rollouts": [[r.rollout_id, r.token_sha256] for r in self.rollouts],
-                "batches": self.batches,
+                "batches": [b.members for b in self.batches],
                 "layers": self.layers,
                 "components": [[c.name, c.width, c.dtype, c.hook] for c in self.components],
                 "codec": [self.codec.name, self.codec.level, self.codec.blocksize],
                 "chunk_tokens": dict(self.chunk_tokens),
+                "statistics": self.statistics,
                 "model": self.provenance.get("model"),
             }
         )[:16]

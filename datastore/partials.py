@@ -1,0 +1,154 @@
+"""Chunks of an unfinished plan and the statistics of each: which are finished, and the partial file beside it.
+
+A partial is always computed from the bits as stored and bound to its chunk by the chunk's checksum, so a partial that
+is missing, damaged or of an earlier attempt is computed again from the chunk, and the sum over chunks in token order is
+the same to the bit however the work was interrupted or divided.
+"""
+
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datastore import layout, storage
+from datastore.codec import ChunkDecoder
+from datastore.dtype import numpy_dtype
+from datastore.errors import CorruptError
+from datastore.schema import Plan
+from datastore.stats import Key, MomentsTable
+
+__all__ = ["ChunkId", "Partials", "finished_chunks", "read_chunk"]
+
+
+SEAL = 4
+"""Bytes that tie a partial to its chunk: the chunk's crc32c, with which every codec ends."""
+
+
+def _seal(encoded: bytes) -> bytes:
+    return encoded[-SEAL:]
+
+
+class ChunkId(NamedTuple):
+    """A chunk of a plan: component, index of the layer, index along the tokens."""
+
+    component: str
+    layer_index: int
+    chunk: int
+
+
+def read_chunk(group: Path, plan: Plan, chunk: ChunkId) -> tuple[NDArray[Any], bytes]:
+    """Read and decode one chunk.
+
+    Returns
+    -------
+    values : array (rows, width)
+        Stored bits, without the padding of a last chunk.
+    encoded : bytes
+        The file's content.
+
+    Raises
+    ------
+    CorruptError
+        It is missing or does not decode.
+    """
+    spec, size = plan.component(chunk.component), plan.chunk_tokens[chunk.component]
+    array = group / chunk.component
+    file = storage.chunk_file(array, (chunk.chunk, chunk.layer_index, 0))
+    try:
+        encoded = file.read_bytes()
+    except OSError as error:
+        raise CorruptError(f"{file} can't be read: {error.strerror}; its rows are lost") from error
+    values = np.empty((size, spec.width), dtype=numpy_dtype(spec.dtype))
+    decoder = ChunkDecoder.of(storage.array_metadata(array))
+    if decoder is None:
+        raise CorruptError(f"{array} is encoded with codecs that this release does not write; remove the plan")
+    decoder.decode_into(encoded, values)
+    start, stop = layout.chunk_range(chunk.chunk, size, plan.n_tokens)
+    return values[: stop - start], encoded
+
+
+def finished_chunks(group: Path, plan: Plan, tokens: tuple[int, int], *, threads: int) -> dict[ChunkId, int]:
+    """Return the chunks of a token range that are there and decode, with their stored bytes; delete those that do not."""
+    found = [
+        ChunkId(one.name, i, index)
+        for one in plan.components
+        for index in layout.chunks_of(*tokens, plan.chunk_tokens[one.name])
+        for i in range(len(plan.layers))
+        if storage.chunk_file(group / one.name, (index, i, 0)).exists()
+    ]
+
+    def size(chunk: ChunkId) -> int:
+        try:
+            return len(read_chunk(group, plan, chunk)[1])
+        except CorruptError:
+            storage.chunk_file(group / chunk.component, (chunk.chunk, chunk.layer_index, 0)).unlink(missing_ok=True)
+            return 0
+
+    with ThreadPoolExecutor(threads) as pool:
+        sizes = list(pool.map(size, found))
+    return {chunk: n for chunk, n in zip(found, sizes, strict=True) if n}
+
+
+class Partials:
+    """The directory of partial files of a plan, and the notes of its parts."""
+
+    def __init__(self, directory: Path, plan: Plan) -> None:
+        self._directory, self._plan = directory, plan
+        self._notes: dict[str, list[Any]] = {}
+        self._lock = threading.Lock()
+
+    def pieces(self, chunk: ChunkId) -> list[tuple[Key, int, int]]:
+        """Return the runs of one (row, segment), or of one (segment,) where statistics are per capture, of a chunk."""
+        start, stop = layout.chunk_range(chunk.chunk, self._plan.chunk_tokens[chunk.component], self._plan.n_tokens)
+        runs: list[tuple[Key, int, int]] = []
+        for piece in self._plan.ragged.pieces(start, stop):
+            begin, _ = self._plan.ragged.range(piece.row)
+            cut = min(max(begin + self._plan.rollouts[piece.row].prompt_end, piece.start), piece.stop)
+            for segment, (a, b) in enumerate(((piece.start, cut), (cut, piece.stop))):
+                key: Key = (piece.row, segment) if self._plan.stats_level == "rollout" else (segment,)
+                if a < b:
+                    runs.append((key, a - start, b - start))
+        return runs
+
+    def _file(self, chunk: ChunkId) -> Path:
+        return self._directory / chunk.component / str(chunk.layer_index) / str(chunk.chunk)
+
+    def write(self, chunk: ChunkId, values: NDArray[Any], encoded: bytes) -> MomentsTable:
+        """Compute and keep the statistics of a chunk."""
+        table = MomentsTable.of_pieces(values, self.pieces(chunk))
+        storage.write_atomic(self._file(chunk), _seal(encoded) + table.to_bytes())
+        return table
+
+    def read(self, group: Path, chunk: ChunkId) -> MomentsTable:
+        """Return the statistics of a chunk, computed again from its bits where they are missing or not of these bits."""
+        file = storage.chunk_file(group / chunk.component, (chunk.chunk, chunk.layer_index, 0))
+        try:
+            raw = self._file(chunk).read_bytes()
+            with file.open("rb") as chunk_bytes:
+                chunk_bytes.seek(-SEAL, os.SEEK_END)
+                if raw[:SEAL] == chunk_bytes.read():
+                    return MomentsTable.from_bytes(raw[SEAL:])
+        except (OSError, CorruptError):
+            pass
+        values, encoded = read_chunk(group, self._plan, chunk)
+        return self.write(chunk, values, encoded)
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a note of this process beside the plan."""
+        with self._lock:
+            self._notes.setdefault(key, []).append(value)
+            name = f"notes-{os.uname().nodename}-{os.getpid()}.json"
+            storage.write_atomic(self._directory / name, json.dumps(self._notes, sort_keys=True).encode())
+
+    def notes(self) -> dict[str, list[Any]]:
+        """Return the notes of all processes, sorted, each once."""
+        merged: dict[str, set[str]] = {}
+        for file in sorted(self._directory.glob("notes-*.json")):
+            for key, values in json.loads(file.read_text()).items():
+                merged.setdefault(key, set()).update(json.dumps(v, sort_keys=True) for v in values)
+        return {key: [json.loads(v) for v in sorted(values)] for key, values in sorted(merged.items())}

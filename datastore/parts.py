@@ -1,0 +1,129 @@
+"""Who fills which part of a plan: advisory records of living processes, and records of parts that are done.
+
+A record says host, boot, process and token range. It protects only against the mistake of starting the same part twice;
+correctness never depends on it, because chunks are written whole and hold the same bits whoever writes them.
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from datastore.errors import BusyError
+from datastore.storage import write_atomic
+
+__all__ = ["Holder", "acquire", "locked", "mark_done", "release", "unfinished"]
+
+
+class Holder(BaseModel):
+    """The process that fills a part, and the tokens it fills."""
+
+    model_config = ConfigDict(frozen=True)
+
+    part: int
+    parts: int
+    start: int
+    stop: int
+    host: str
+    boot_id: str
+    pid: int
+    started: float
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process may still run; another host's process can't be asked and counts as alive."""
+        if self.host != socket.gethostname():
+            return True
+        if self.boot_id != _boot_id():
+            return False
+        with suppress(psutil.Error):
+            return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
+        return False
+
+
+def _boot_id() -> str:
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return str(int(psutil.boot_time()))
+
+
+@contextmanager
+def locked(directory: Path, name: str = "lock") -> Iterator[None]:
+    """Hold an exclusive file lock, which the system releases when the process dies."""
+    with (directory / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _record(directory: Path, part: int, parts: int) -> Path:
+    return directory / f"{part}-of-{parts}.json"
+
+
+def _holders(directory: Path) -> Iterator[tuple[Path, Holder]]:
+    for file in sorted(directory.glob("*-of-*.json")):
+        with suppress(OSError, ValidationError):
+            yield file, Holder.model_validate_json(file.read_bytes())
+
+
+def acquire(directory: Path, part: int, parts: int, *, start: int, stop: int) -> Path:
+    """Record this process as the holder of the tokens `[start, stop)` and return the record's file.
+
+    Raises
+    ------
+    BusyError
+        A living process holds some of these tokens; its pid and host are named.
+    """
+    with locked(directory):
+        for file, other in _holders(directory):
+            if not other.alive:
+                file.unlink(missing_ok=True)
+            elif max(start, other.start) < min(stop, other.stop):
+                raise BusyError(
+                    f"part {part}/{parts} of this plan is being filled by process {other.pid} on {other.host} "
+                    f"(part {other.part}/{other.parts}), so it is not started twice; wait for it or stop it, and if "
+                    f"that process is gone from another machine, delete {file}"
+                )
+        me = psutil.Process()
+        holder = Holder(
+            part=part,
+            parts=parts,
+            start=start,
+            stop=stop,
+            host=socket.gethostname(),
+            boot_id=_boot_id(),
+            pid=os.getpid(),
+            started=me.create_time(),
+        )
+        write_atomic(_record(directory, part, parts), holder.model_dump_json().encode())
+    return _record(directory, part, parts)
+
+
+def release(record: Path) -> None:
+    """Delete this process's record."""
+    record.unlink(missing_ok=True)
+
+
+def mark_done(directory: Path, *, start: int, stop: int) -> None:
+    """Record durably that every chunk of the tokens `[start, stop)` is written and synced."""
+    write_atomic(directory / f"{start}-{stop}.done", json.dumps([start, stop]).encode(), durable=True)
+
+
+def unfinished(directory: Path, n_tokens: int) -> list[tuple[int, int]]:
+    """Return the token ranges that no part has finished, ascending; empty when all parts are done."""
+    ranges = []
+    for file in directory.glob("*.done"):
+        with suppress(ValueError, OSError):
+            start, stop = json.loads(file.read_text())
+            ranges.append((int(start), int(stop)))
+    gaps, at = [], 0
+    for start, stop in sorted(ranges):
+        if start > at:
+            gaps.append((at, start))
+        at = max(at, stop)
+    return [*gaps, (at, n_tokens)] if at < n_tokens else gaps

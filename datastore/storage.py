@@ -1,0 +1,331 @@
+"""The only file that touches Zarr: create a store and a capture's group, read small arrays, write chunks, rename, sync.
+
+Everything appears whole: groups are built aside and renamed, chunks go through zarr-python's local store, which writes a
+temporary name and renames it. Nothing here knows what a plan or a rollout means beyond the arrays that hold it.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.core.buffer import cpu
+from zarr.core.sync import sync
+from zarr.errors import ZarrUserWarning
+from zarr.storage import LocalStore
+
+from datastore.codec import zarr_codecs
+from datastore.dtype import register, zarr_dtype
+from datastore.errors import CorruptError, DatastoreError, NewerFormatError, NotAStoreError, ReadOnlyError
+from datastore.schema import FORMAT, FORMAT_VERSION, Codec
+
+__all__ = [
+    "ROOT_GROUPS",
+    "array_metadata",
+    "attributes",
+    "chunk_file",
+    "consolidate",
+    "create_array",
+    "create_group",
+    "create_root",
+    "free_bytes",
+    "numbered",
+    "open_root",
+    "publish",
+    "read_array",
+    "remove",
+    "set_attributes",
+    "sync_file",
+    "sync_files",
+    "write_array",
+    "write_atomic",
+    "write_chunk",
+    "zarr_array",
+]
+
+register()  # zarr-python 3.1 collects the entry points of data types and never loads them
+
+ROOT_GROUPS = ("captures", "labels", "annotations", "dropped", "calibration", "scores")
+TABLE_CHUNK = 65536
+"""Elements a chunk of the small arrays: coordinates and the rollout table."""
+
+
+def open_root(path: Path) -> None:
+    """Check that `path` is a store of a version this release reads.
+
+    Raises
+    ------
+    NotAStoreError
+        The path does not exist, or is something else.
+    NewerFormatError
+        The store was written by a newer release.
+    """
+    if not path.exists():
+        raise NotAStoreError(f"{path} does not exist, so there is no store to read; check the path, or capture into it")
+    try:
+        root = json.loads((path / "zarr.json").read_text())
+    except (OSError, ValueError):
+        root = {}
+    found = root.get("attributes", {}) if isinstance(root, dict) else {}
+    if found.get("format") != FORMAT:
+        raise NotAStoreError(
+            f"{path} exists and is not an activation store (its zarr.json does not name the format {FORMAT!r}); "
+            "nothing was read or written, give another path"
+        )
+    version = found.get("version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{path} has format version {version}, and this release reads up to {FORMAT_VERSION}; "
+            "upgrade activation-datastore to open it"
+        )
+
+
+def create_root(path: Path) -> None:
+    """Create an empty store at `path`, whole, or do nothing where one is already.
+
+    Raises
+    ------
+    NotAStoreError
+        Something else is there.
+    ReadOnlyError
+        The directory that would hold it can't be written.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        open_root(path)
+        return
+    aside = path.parent / f"{path.name}.{uuid.uuid4().hex}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        create_group(aside, {"format": FORMAT, "version": FORMAT_VERSION})
+        for name in ROOT_GROUPS:
+            create_group(aside / name, {})
+        sync_files(aside)
+        os.rename(aside, path)
+        sync_file(path.parent)
+    except PermissionError as error:
+        raise ReadOnlyError(f"{path} can't be created: {error.strerror}; choose a place you can write to") from error
+    except OSError:
+        if not path.is_dir():
+            raise
+        open_root(path)  # another process created it first
+    finally:
+        remove(aside)
+
+
+def create_group(path: Path, attrs: Mapping[str, Any]) -> None:
+    """Create one Zarr group directory with its attributes."""
+    zarr.create_group(LocalStore(path), attributes=dict(attrs))
+
+
+def set_attributes(path: Path, attrs: Mapping[str, Any]) -> None:
+    """Replace the attributes of a group or array that no reader can see yet."""
+    file = path / "zarr.json"
+    meta = json.loads(file.read_text())
+    write_atomic(file, json.dumps(meta | {"attributes": dict(attrs)}, indent=2).encode())
+
+
+def attributes(path: Path) -> dict[str, Any]:
+    """Return the attributes of the group or array at `path`."""
+    found = array_metadata(path).get("attributes", {})
+    return dict(found)
+
+
+def array_metadata(path: Path) -> dict[str, Any]:
+    """Return the zarr.json of the group or array at `path`.
+
+    Raises
+    ------
+    CorruptError
+        It is missing or is not JSON.
+    """
+    try:
+        meta = json.loads((path / "zarr.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise CorruptError(f"{path / 'zarr.json'} can't be read ({error}); what it describes is lost") from error
+    if not isinstance(meta, dict):
+        raise CorruptError(f"{path / 'zarr.json'} holds no JSON object; what it describes is lost")
+    return meta
+
+
+def create_array(
+    path: Path,
+    *,
+    shape: Sequence[int],
+    dtype: str,
+    chunks: Sequence[int],
+    dims: Sequence[str],
+    codec: Codec | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> None:
+    """Create one array's metadata; floating-point arrays are filled with NaN, all chunks are always written."""
+    fill: Any = float("nan") if dtype in ("bfloat16", "float16", "float32", "float64") else None
+    zarr.create_array(
+        LocalStore(path),
+        shape=tuple(shape),
+        dtype=zarr_dtype(dtype),
+        chunks=tuple(max(1, c) for c in chunks),
+        dimension_names=list(dims),
+        fill_value=fill if fill is not None else ("" if dtype == "string" else 0),
+        attributes=dict(attrs or {}),
+        filters=None,
+        **zarr_codecs(codec or Codec(), dtype),
+    )
+
+
+def write_array(
+    path: Path, values: NDArray[Any], *, dims: Sequence[str], attrs: Mapping[str, Any] | None = None
+) -> None:
+    """Create and fill a small array; str and object arrays become Zarr strings."""
+    text = values.dtype.kind in "OUT"
+    name = "string" if text else str(values.dtype)
+    chunks = [min(n, TABLE_CHUNK) for n in values.shape]
+    create_array(path, shape=values.shape, dtype=name, chunks=chunks, dims=dims, attrs=attrs)
+    if values.size:
+        zarr_array(path, mode="r+")[...] = values.astype(object) if text else values
+
+
+def zarr_array(path: Path, mode: str = "r") -> zarr.Array[Any]:
+    """Open one array by its own zarr.json, with all chunks written, also those that equal the fill value."""
+    try:
+        array = zarr.open_array(LocalStore(path), mode=mode, config={"write_empty_chunks": True})  # type: ignore[arg-type]
+    except FileNotFoundError as error:
+        raise CorruptError(f"the array {path} is missing; what it holds is lost") from error
+    return array
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Read a small array whole.
+
+    Raises
+    ------
+    CorruptError
+        A chunk is missing or does not decode: absent is never read as the fill value.
+    """
+    array = zarr_array(path)
+    missing = array.nchunks - array.nchunks_initialized if array.size else 0
+    if missing:
+        raise CorruptError(f"{path} lacks {missing} of {array.nchunks} chunks; what they hold is lost")
+    try:
+        return np.asarray(array[...])
+    except Exception as error:
+        raise CorruptError(f"{path} does not decode ({error}); what it holds is lost") from error
+
+
+def chunk_file(array: Path, index: Sequence[int]) -> Path:
+    """Return the file of the chunk at grid position `index` (Zarr v3 default chunk key encoding)."""
+    return array.joinpath("c", *(str(i) for i in index))
+
+
+def write_chunk(array: Path, index: Sequence[int], encoded: bytes) -> None:
+    """Write one encoded chunk whole through zarr-python's local store."""
+    store = LocalStore(array)
+    sync(store.set("/".join(("c", *(str(i) for i in index))), cpu.Buffer.from_bytes(encoded)))
+
+
+def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
+    """Write a file under a temporary name beside it and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    if durable:
+        sync_file(path.parent)
+
+
+def consolidate(path: Path) -> None:
+    """Write the consolidated metadata of a group that is complete."""
+    with warnings.catch_warnings():
+        # Consolidated metadata is not in the Zarr v3 specification; every reader that does not know it ignores it.
+        warnings.filterwarnings(
+            "ignore", message="Consolidated metadata is currently not part", category=ZarrUserWarning
+        )
+        zarr.consolidate_metadata(LocalStore(path))
+    file = path / "zarr.json"
+    meta = json.loads(file.read_text())
+    members = meta["consolidated_metadata"]["metadata"]
+    meta["consolidated_metadata"]["metadata"] = dict(
+        sorted(members.items())
+    )  # not in the order of the directory listing
+    write_atomic(file, json.dumps(meta, indent=2).encode())
+
+
+def sync_files(path: Path) -> None:
+    """Bring everything written on the file system of `path` to disk: one syncfs, not an fsync a chunk."""
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None, use_errno=True)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            if libc.syncfs(descriptor) == 0:
+                return
+            raise DatastoreError(
+                f"{path} could not be brought to disk: {os.strerror(ctypes.get_errno())}; "
+                "nothing was committed, run the same command again once the disk is well"
+            )
+        finally:
+            os.close(descriptor)
+    os.sync()
+
+
+def sync_file(path: Path) -> None:
+    """Bring one file or directory entry to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def numbered(path: Path) -> list[int]:
+    """Return the numbers of the committed members of a group such as `captures/`, ascending."""
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        return []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def publish(aside: Path, into: Path) -> int:
+    """Rename a complete, synced group to the next free number under `into` and return the number.
+
+    A rename onto a number that another process took first fails, because that directory is not empty; the next is tried.
+    """
+    number = (numbered(into) or [0])[-1] + 1
+    while True:
+        target = into / f"{number:04d}"
+        try:
+            os.rename(aside, target)
+        except OSError:
+            if not target.exists() or not aside.exists():
+                raise
+            number += 1
+            continue
+        sync_file(into)
+        return number
+
+
+def remove(path: Path) -> None:
+    """Delete a directory that no reader can see, if it is there."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes free on the file system that holds `path` or its nearest existing parent."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
