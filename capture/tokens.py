@@ -1,0 +1,395 @@
+"""A transcript as token ids: rendered, cut to the context, with role, turn, reasoning and annotation ranges.
+
+Segments: `prompt_end` is where the response starts. For prompt and response texts that is the first token of the
+response; for a chat that ends with an assistant turn, the first token of that turn after its header; for everything
+else (pre-tokenised rollouts that don't say, plain text, chats that end otherwise) the number of tokens: all is prompt.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+
+from capture.errors import RequestError
+from capture.tokenbytes import TokenBytes, token_bytes
+from capture.turns import Piece, RangesMethod, by_markers, by_prefixes, marked_blocks, runs, thinking_ranges
+from datastore.schema import ROLES, Annotation, Rollout
+from experiments.annotations import TextSpan, TokenSpan, token_range
+from experiments.transcript import Message, Transcript
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["RenderNotes", "Rendered", "render", "token_bytes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderNotes:
+    """How a transcript became tokens, for the provenance.
+
+    Parameters
+    ----------
+    template : "chat", "plain", "none"
+        The tokenizer's chat template; `role: text` lines for want of one; nothing to render.
+    ranges : "prefixes", "markers", "stored", "plain", "none"
+        How turns were found.
+    truncated_from : int, optional
+        Number of tokens before it was cut.
+    unmatched : tuple of str
+        Annotated text that isn't in the response.
+    cut_annotations : int
+        Annotations shortened or lost by the cut.
+    """
+
+    template: Literal["chat", "plain", "none"]
+    ranges: RangesMethod
+    truncated_from: int | None = None
+    unmatched: tuple[str, ...] = ()
+    cut_annotations: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {**asdict(self), "unmatched": list(self.unmatched)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """A transcript as a rollout, and how it became one."""
+
+    rollout: Rollout
+    notes: RenderNotes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Draft:
+    """Token ids of a whole transcript with what is known of each, before annotations and the cut."""
+
+    ids: list[int]
+    prompt_end: int
+    notes: RenderNotes
+    role: NDArray[np.int8]
+    turn: NDArray[np.int32]
+    thinking: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    header: bytes = b""
+
+
+def render(
+    transcript: Transcript,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    context: int | None,
+    truncate: bool = False,
+    vocab_size: int | None = None,
+) -> Rendered:
+    """Turn a transcript into token ids with all that is known of each token.
+
+    Parameters
+    ----------
+    transcript : Transcript
+    tokenizer : of transformers
+    context : int, optional
+        Most tokens the model takes.
+    truncate : bool
+        Cut a longer transcript to its first `context` tokens, annotations with it, instead of refusing it.
+    vocab_size : int, optional
+        Rows of the model's embedding; default what the tokenizer's ids need.
+
+    Raises
+    ------
+    RequestError
+        Longer than the context, no tokens, ids beyond the vocabulary, or a template that refuses the messages.
+    """
+    draft = _draft(transcript, tokenizer)
+    _check(transcript, draft, vocab_size=_vocab_size(tokenizer) if vocab_size is None else vocab_size)
+    pieces = TokenBytes(tokenizer).of(draft.ids)
+    draft = replace(draft, thinking=_thinking(transcript, draft, pieces))
+    annotations, unmatched = _annotations(transcript, draft, pieces)
+    n = len(draft.ids)
+    keep = n if context is None or n <= context else context
+    if keep < n and not truncate:
+        raise RequestError(
+            f"rollout {transcript.id!r} has {n:,} tokens and the model takes {context:,}; leave it out, or give "
+            f"--truncate to keep its first {context:,}"
+        )
+    kept = tuple(replace(a, token_end=min(a.token_end, keep)) for a in annotations if a.token_start < keep)
+    rollout = Rollout(
+        rollout_id=transcript.id,
+        token_ids=np.array(draft.ids[:keep], dtype=np.int32),
+        prompt_end=min(draft.prompt_end, keep),
+        role=draft.role[:keep],
+        turn=draft.turn[:keep],
+        thinking=draft.thinking[:keep],
+        labels=dict(transcript.labels),
+        annotations=kept,
+        tags=transcript.tags,
+        prompt_set=transcript.prompt_set,
+    )
+    notes = replace(
+        draft.notes,
+        truncated_from=n if keep < n else None,
+        unmatched=unmatched,
+        cut_annotations=sum(a.token_end > keep for a in annotations),
+    )
+    return Rendered(rollout=rollout, notes=notes)
+
+
+def _check(transcript: Transcript, draft: _Draft, *, vocab_size: int) -> None:
+    if not draft.ids:
+        raise RequestError(f"rollout {transcript.id!r} ({transcript.source}) has 0 tokens; leave it out")
+    worst = max(draft.ids)
+    if worst >= vocab_size or min(draft.ids) < 0:
+        bad = worst if worst >= vocab_size else min(draft.ids)
+        raise RequestError(
+            f"rollout {transcript.id!r} has token id {bad} at position {draft.ids.index(bad)}, beyond the model's "
+            f"vocabulary of {vocab_size}; it was tokenised for another model"
+        )
+
+
+def _vocab_size(tokenizer: Any) -> int:
+    """Ids may lie beyond the number of tokens, special ones above a gap."""
+    return max(len(tokenizer), *(int(one) + 1 for one in tokenizer.added_tokens_decoder), 0)
+
+
+def _draft(transcript: Transcript, tokenizer: Any) -> _Draft:
+    if transcript.messages is not None and transcript.token_ids is None:
+        return _chat(transcript, tokenizer) if tokenizer.chat_template else _plain(transcript, tokenizer)
+    if transcript.token_ids is not None:
+        ids = list(transcript.token_ids)
+        prompt_end = len(ids) if transcript.prompt_end is None else transcript.prompt_end
+    else:
+        opening = transcript.text if transcript.text is not None else transcript.prompt or ""
+        ids = _leading(tokenizer, opening) + _encode(tokenizer, opening)[0]
+        prompt_end = len(ids)
+        ids += _encode(tokenizer, transcript.response or "")[0]
+    return _unrendered(transcript, tokenizer, ids, prompt_end=prompt_end)
+
+
+def _unrendered(transcript: Transcript, tokenizer: Any, ids: list[int], *, prompt_end: int) -> _Draft:
+    """Text or ids that stand as they are: turns as stored, else where single tokens open them."""
+    role, turn = np.zeros(len(ids), np.int8), np.full(len(ids), -1, np.int32)
+    method: RangesMethod = "none"
+    if transcript.turns:
+        method = "stored"
+        for i, one in enumerate(transcript.turns):
+            role[one.token_start : one.token_end] = ROLES.index(one.role)
+            turn[one.token_start : one.token_end] = i
+    else:
+        pieces = [one.decode("utf-8", "replace") for one in TokenBytes(tokenizer).of(ids)]
+        starts = np.cumsum([0, *(len(one) for one in pieces)])[:-1]
+        # A marker that is text and not a token of its own opens no turn.
+        blocks = [
+            b for b in marked_blocks("".join(pieces)) if pieces[int(np.searchsorted(starts, b[0], "right")) - 1] == b[1]
+        ]
+        for i, (at, _, name) in enumerate(blocks):
+            method = "markers"
+            role[starts >= at] = ROLES.index(name or "none")
+            turn[starts >= at] = i
+        if not blocks:
+            role[prompt_end:] = ROLES.index("assistant")
+    notes = RenderNotes(template="none", ranges=method)
+    return _Draft(ids=ids, prompt_end=prompt_end, notes=notes, role=role, turn=turn)
+
+
+def _plain(transcript: Transcript, tokenizer: Any) -> _Draft:
+    """`role: text` lines, for a model without a chat template."""
+    text, pieces = "", []
+    if transcript.tools:
+        pieces.append(Piece(start=0, role="system", turn=-1))
+        text = f"tools: {_json(transcript.tools)}\n"
+    prompt_end = None
+    for i, message in enumerate(transcript.messages or ()):
+        pieces.append(Piece(start=len(text), role=message.role, turn=i))
+        prompt_end = len(text) + len(message.role) + 1 if message.role == "assistant" else None
+        text += f"{message.role}: {_plain_body(message)}\n"
+    notes = RenderNotes(template="plain", ranges="plain")
+    return _rendered(tokenizer, text, pieces, prompt_end=prompt_end, header=b"assistant: ", notes=notes)
+
+
+def _plain_body(message: Message) -> str:
+    parts = [f"<think>{message.reasoning_content}</think>"] if message.reasoning_content else []
+    calls = [_json(call.get("function", call)) for call in map(_parsed_call, message.tool_calls)]
+    return "\n".join([*parts, *([message.content] if message.content else []), *calls])
+
+
+def _chat(transcript: Transcript, tokenizer: Any) -> _Draft:
+    """The tokenizer's own template, turns found by prefixes or markers."""
+    messages = [_for_template(message) for message in transcript.messages or ()]
+    roles = [message["role"] for message in messages]
+    tools = [dict(tool) for tool in transcript.tools] or None
+
+    def written(n: int, *, prompt: bool = False) -> str | None:
+        try:
+            return str(
+                tokenizer.apply_chat_template(messages[:n], tools=tools, add_generation_prompt=prompt, tokenize=False)
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            if n == len(messages) and not prompt:
+                raise RequestError(
+                    f"rollout {transcript.id!r}: the model's chat template refuses its messages ({error}); "
+                    "give it messages the template takes, or token_ids"
+                ) from error
+            return None
+
+    text = written(len(messages)) or ""
+    method: RangesMethod = "prefixes"
+    pieces = by_prefixes(text, roles, written)
+    if pieces is None:
+        pieces = by_markers(text, roles)
+        method = "none" if pieces is None else "markers"
+    notes = RenderNotes(template="chat", ranges=method)
+    header, prompt_end = "", None
+    if roles[-1] == "assistant":
+        header = _header(written(len(messages) - 1), written(len(messages) - 1, prompt=True))
+        if pieces:
+            header = _common_prefix(header, text[pieces[-1].start :])
+            prompt_end = pieces[-1].start + len(header)
+        elif header and header in text:
+            prompt_end = text.rindex(header) + len(header)
+    return _rendered(tokenizer, text, pieces or [], prompt_end=prompt_end, header=header.encode(), notes=notes)
+
+
+def _header(without: str | None, with_prompt: str | None) -> str:
+    """What the template writes to have the assistant answer."""
+    if without is None or with_prompt is None or not with_prompt.startswith(without):
+        return ""
+    return with_prompt[len(without) :]
+
+
+def _common_prefix(one: str, other: str) -> str:
+    n = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:n]
+
+
+def _rendered(
+    tokenizer: Any,
+    text: str,
+    pieces: Sequence[Piece],
+    *,
+    prompt_end: int | None,
+    header: bytes,
+    notes: RenderNotes,
+) -> _Draft:
+    """Encode a rendered text and put its character ranges on the tokens."""
+    # A chat template writes the tokens it wants in front itself.
+    leading = _leading(tokenizer, text) if notes.template == "plain" else []
+    ids, spans = _encode(tokenizer, text)
+    ids, spans = leading + ids, [(0, 0)] * len(leading) + spans if spans else []
+    role, turn = np.zeros(len(ids), np.int8), np.full(len(ids), -1, np.int32)
+    if not spans:
+        return _Draft(ids=ids, prompt_end=len(ids), notes=replace(notes, ranges="none"), role=role, turn=turn)
+    starts, ends = np.array(spans, dtype=np.int64).T
+    for piece in pieces:
+        # A token over two turns belongs to the one it starts in.
+        role[starts >= piece.start] = ROLES.index(piece.role)
+        turn[starts >= piece.start] = piece.turn
+    # The first token that holds any of the response: " Yes" after "assistant:" is response.
+    first = (
+        len(ids) if prompt_end is None else int(np.argmax(ends > prompt_end)) if (ends > prompt_end).any() else len(ids)
+    )
+    return _Draft(ids=ids, prompt_end=first, notes=notes, role=role, turn=turn, header=header)
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return ids without special tokens around them, and each one's range of characters (none when not known)."""
+    if not text:
+        return [], []
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    pieces = TokenBytes(tokenizer).of(ids)
+    if b"".join(pieces) == text.encode():
+        return ids, _characters(text, pieces)
+    if not tokenizer.is_fast:
+        return ids, []
+    # Sentencepiece puts spaces where the text has none: its own offsets know which.
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(found["input_ids"]), [(int(a), int(b)) for a, b in found["offset_mapping"]]
+
+
+def _characters(text: str, pieces: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Return the range of characters of which each token holds any byte."""
+    byte_of = np.cumsum([0, *(len(character.encode()) for character in text)])
+    ends = np.cumsum([len(piece) for piece in pieces])
+    begins = np.concatenate([[0], ends[:-1]])
+    first = np.searchsorted(byte_of, begins, "right") - 1
+    return list(zip(first.tolist(), np.searchsorted(byte_of, ends, "left").tolist(), strict=True))
+
+
+def _leading(tokenizer: Any, text: str) -> list[int]:
+    """Return the special tokens that the tokenizer puts before a text, unless the text starts with them already."""
+    probe = "a"
+    bare = list(tokenizer.encode(probe, add_special_tokens=False))
+    full = list(tokenizer.encode(probe, add_special_tokens=True))
+    at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    first = tokenizer.convert_ids_to_tokens(full[0]) if at else None
+    return [] if first is not None and text.startswith(str(first)) else full[:at]
+
+
+def _thinking(transcript: Transcript, draft: _Draft, pieces: list[bytes]) -> NDArray[np.bool_]:
+    """Mark what lies between reasoning markers in assistant turns, or anywhere when no turns are known."""
+    out = np.zeros(len(draft.ids), np.bool_)
+    known = bool((draft.turn >= 0).any())
+    for (role, _), start, stop in (
+        runs(list(zip(draft.role.tolist(), draft.turn.tolist(), strict=True))) if known else []
+    ):
+        if ROLES[role] == "assistant":
+            for a, b in thinking_ranges(pieces[start:stop], header=draft.header):
+                out[start + a : start + b] = True
+    if not known:
+        for a, b in thinking_ranges(pieces):
+            out[a:b] = True
+    for turn in transcript.turns:
+        if turn.thinking_start is not None and turn.thinking_end is not None:
+            out[max(turn.thinking_start, 0) : max(turn.thinking_end, 0)] = True
+    return out
+
+
+def _annotations(
+    transcript: Transcript, draft: _Draft, pieces: list[bytes]
+) -> tuple[tuple[Annotation, ...], tuple[str, ...]]:
+    """Return the annotations as token ranges, and the text spans that aren't there."""
+    found, unmatched = [], []
+    # Text is looked for in the response; where there is none, in the whole.
+    begin = draft.prompt_end if draft.prompt_end < len(draft.ids) else 0
+    for span in transcript.annotations:
+        if isinstance(span, TokenSpan):
+            if span.token_end > len(draft.ids):
+                raise RequestError(
+                    f"rollout {transcript.id!r}: annotation {span.label!r} ends at token {span.token_end}, beyond its "
+                    f"{len(draft.ids)} tokens; it was made with another tokenizer or template"
+                )
+            found.append(Annotation(token_start=span.token_start, token_end=span.token_end, label=span.label))
+        elif isinstance(span, TextSpan):
+            where = token_range(pieces[begin:], span.span)
+            if where is None:
+                unmatched.append(span.span)
+            else:
+                found.append(Annotation(token_start=begin + where[0], token_end=begin + where[1], label=span.label))
+    return tuple(found), tuple(unmatched)
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    data = message.as_dict()
+    if message.tool_calls:
+        data["tool_calls"] = [_parsed_call(call) for call in message.tool_calls]
+    return data
+
+
+def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Templates take a call's arguments as an object; files hold them as the JSON text a server sent."""
+    call = json.loads(json.dumps(call))
+    function = call.get("function")
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        try:
+            parsed = json.loads(function["arguments"])
+        except ValueError:
+            return dict(call)
+        if isinstance(parsed, dict):
+            function["arguments"] = parsed
+    return dict(call)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
