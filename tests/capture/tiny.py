@@ -75,6 +75,7 @@ def tiny_config(name: str, **changes: Any) -> Any:
 
 def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, head: bool = False, **changes: Any) -> Any:
     """A random model, the same at every call, whose norms and biases are random too, so that no branch is zero."""
+    torch.manual_seed(3)
     kind: Any = AutoModelForCausalLM if head else AutoModel
     return shaken(kind.from_config(tiny_config(name, **changes), dtype=dtype))
 
@@ -106,6 +107,7 @@ def tiny_multimodal(*, dtype: torch.dtype = torch.float32, head: bool = False) -
         boi_token_index=VOCAB - 2,
         eoi_token_index=VOCAB - 3,
     )
+    torch.manual_seed(3)
     kind: Any = AutoModelForImageTextToText if head else AutoModel
     return shaken(kind.from_config(config, dtype=dtype))
 
@@ -115,8 +117,7 @@ def tiny_peft(*, dtype: torch.dtype = torch.float32) -> Any:
     lora = LoraConfig(
         r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
     )
-    torch.manual_seed(3)
     with warnings.catch_warnings():
         # peft still reads an attribute that transformers renames
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(tiny_model("llama", dtype=dtype, head=True), lora).eval()
+        return shaken(get_peft_model(tiny_model("llama", dtype=dtype, head=True), lora))
