@@ -5,21 +5,20 @@ response; for a chat that ends with an assistant turn, the first token of that t
 else (pre-tokenised rollouts that don't say, plain text, chats that end otherwise) the number of tokens: all is prompt.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from capture.errors import RequestError
+from capture.rendering import Written, chat, plain
 from capture.tokenbytes import TokenBytes, token_bytes
-from capture.turns import Piece, RangesMethod, by_markers, by_prefixes, marked_blocks, runs, thinking_ranges
+from capture.turns import RangesMethod, marked_blocks, runs, thinking_ranges
 from datastore.schema import ROLES, Annotation, Rollout
 from experiments.annotations import TextSpan, TokenSpan, token_range
-from experiments.transcript import Message, Transcript
+from experiments.transcript import Transcript
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +72,6 @@ class _Draft:
     notes: RenderNotes
     role: NDArray[np.int8]
     turn: NDArray[np.int32]
-    thinking: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     header: bytes = b""
 
 
@@ -105,26 +103,25 @@ def render(
     """
     draft = _draft(transcript, tokenizer)
     _check(transcript, draft, vocab_size=_vocab_size(tokenizer) if vocab_size is None else vocab_size)
-    pieces = TokenBytes(tokenizer).of(draft.ids)
-    draft = replace(draft, thinking=_thinking(transcript, draft, pieces))
-    annotations, unmatched = _annotations(transcript, draft, pieces)
     n = len(draft.ids)
-    keep = n if context is None or n <= context else context
+    keep = n if context is None else min(n, context)
     if keep < n and not truncate:
         raise RequestError(
             f"rollout {transcript.id!r} has {n:,} tokens and the model takes {context:,}; leave it out, or give "
             f"--truncate to keep its first {context:,}"
         )
-    kept = tuple(replace(a, token_end=min(a.token_end, keep)) for a in annotations if a.token_start < keep)
+    pieces = TokenBytes(tokenizer).of(draft.ids)
+    thinking = _thinking(transcript, draft, pieces)
+    annotations, unmatched = _annotations(transcript, draft, pieces)
     rollout = Rollout(
         rollout_id=transcript.id,
         token_ids=np.array(draft.ids[:keep], dtype=np.int32),
         prompt_end=min(draft.prompt_end, keep),
         role=draft.role[:keep],
         turn=draft.turn[:keep],
-        thinking=draft.thinking[:keep],
+        thinking=thinking[:keep],
         labels=dict(transcript.labels),
-        annotations=kept,
+        annotations=tuple(replace(a, token_end=min(a.token_end, keep)) for a in annotations if a.token_start < keep),
         tags=transcript.tags,
         prompt_set=transcript.prompt_set,
     )
@@ -156,7 +153,7 @@ def _vocab_size(tokenizer: Any) -> int:
 
 def _draft(transcript: Transcript, tokenizer: Any) -> _Draft:
     if transcript.messages is not None and transcript.token_ids is None:
-        return _chat(transcript, tokenizer) if tokenizer.chat_template else _plain(transcript, tokenizer)
+        return _rendered(tokenizer, chat(transcript, tokenizer) if tokenizer.chat_template else plain(transcript))
     if transcript.token_ids is not None:
         ids = list(transcript.token_ids)
         prompt_end = len(ids) if transcript.prompt_end is None else transcript.prompt_end
@@ -171,126 +168,51 @@ def _draft(transcript: Transcript, tokenizer: Any) -> _Draft:
 def _unrendered(transcript: Transcript, tokenizer: Any, ids: list[int], *, prompt_end: int) -> _Draft:
     """Text or ids that stand as they are: turns as stored, else where single tokens open them."""
     role, turn = np.zeros(len(ids), np.int8), np.full(len(ids), -1, np.int32)
-    method: RangesMethod = "none"
-    if transcript.turns:
-        method = "stored"
-        for i, one in enumerate(transcript.turns):
-            role[one.token_start : one.token_end] = ROLES.index(one.role)
-            turn[one.token_start : one.token_end] = i
-    else:
-        pieces = [one.decode("utf-8", "replace") for one in TokenBytes(tokenizer).of(ids)]
-        starts = np.cumsum([0, *(len(one) for one in pieces)])[:-1]
-        # A marker that is text and not a token of its own opens no turn.
-        blocks = [
-            b for b in marked_blocks("".join(pieces)) if pieces[int(np.searchsorted(starts, b[0], "right")) - 1] == b[1]
-        ]
-        for i, (at, _, name) in enumerate(blocks):
-            method = "markers"
-            role[starts >= at] = ROLES.index(name or "none")
-            turn[starts >= at] = i
-        if not blocks:
-            role[prompt_end:] = ROLES.index("assistant")
+    stored = [(t.token_start, t.token_end, t.role) for t in transcript.turns]
+    found = stored or _marked(TokenBytes(tokenizer).of(ids))
+    for i, (start, stop, name) in enumerate(found):
+        role[start:stop] = ROLES.index(name)
+        turn[start:stop] = i
+    if not found:
+        role[prompt_end:] = ROLES.index("assistant")
+    method: RangesMethod = "stored" if stored else "markers" if found else "none"
     notes = RenderNotes(template="none", ranges=method)
     return _Draft(ids=ids, prompt_end=prompt_end, notes=notes, role=role, turn=turn)
 
 
-def _plain(transcript: Transcript, tokenizer: Any) -> _Draft:
-    """`role: text` lines, for a model without a chat template."""
-    text, pieces = "", []
-    if transcript.tools:
-        pieces.append(Piece(start=0, role="system", turn=-1))
-        text = f"tools: {_json(transcript.tools)}\n"
-    prompt_end = None
-    for i, message in enumerate(transcript.messages or ()):
-        pieces.append(Piece(start=len(text), role=message.role, turn=i))
-        prompt_end = len(text) + len(message.role) + 1 if message.role == "assistant" else None
-        text += f"{message.role}: {_plain_body(message)}\n"
-    notes = RenderNotes(template="plain", ranges="plain")
-    return _rendered(tokenizer, text, pieces, prompt_end=prompt_end, header=b"assistant: ", notes=notes)
+def _marked(tokens: Sequence[bytes]) -> list[tuple[int, int, str]]:
+    """Token ranges of the turns that marker tokens open, each up to the next; a marker spelled out opens none."""
+    pieces = [one.decode("utf-8", "replace") for one in tokens]
+    starts = np.cumsum([0, *(len(one) for one in pieces)])[:-1]
+    opened = [
+        (int(np.searchsorted(starts, at, "right")) - 1, marker, role or "none")
+        for at, marker, role in marked_blocks("".join(pieces))
+    ]
+    whole = [(at, role) for at, marker, role in opened if pieces[at] == marker]
+    edges = [at for at, _ in whole] + [len(pieces)]
+    return [(at, stop, role) for (at, role), stop in zip(whole, edges[1:], strict=True)]
 
 
-def _plain_body(message: Message) -> str:
-    parts = [f"<think>{message.reasoning_content}</think>"] if message.reasoning_content else []
-    calls = [_json(call.get("function", call)) for call in map(_parsed_call, message.tool_calls)]
-    return "\n".join([*parts, *([message.content] if message.content else []), *calls])
-
-
-def _chat(transcript: Transcript, tokenizer: Any) -> _Draft:
-    """The tokenizer's own template, turns found by prefixes or markers."""
-    messages = [_for_template(message) for message in transcript.messages or ()]
-    roles = [message["role"] for message in messages]
-    tools = [dict(tool) for tool in transcript.tools] or None
-
-    def written(n: int, *, prompt: bool = False) -> str | None:
-        try:
-            return str(
-                tokenizer.apply_chat_template(messages[:n], tools=tools, add_generation_prompt=prompt, tokenize=False)
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            if n == len(messages) and not prompt:
-                raise RequestError(
-                    f"rollout {transcript.id!r}: the model's chat template refuses its messages ({error}); "
-                    "give it messages the template takes, or token_ids"
-                ) from error
-            return None
-
-    text = written(len(messages)) or ""
-    method: RangesMethod = "prefixes"
-    pieces = by_prefixes(text, roles, written)
-    if pieces is None:
-        pieces = by_markers(text, roles)
-        method = "none" if pieces is None else "markers"
-    notes = RenderNotes(template="chat", ranges=method)
-    header, prompt_end = "", None
-    if roles[-1] == "assistant":
-        header = _header(written(len(messages) - 1), written(len(messages) - 1, prompt=True))
-        if pieces:
-            header = _common_prefix(header, text[pieces[-1].start :])
-            prompt_end = pieces[-1].start + len(header)
-        elif header and header in text:
-            prompt_end = text.rindex(header) + len(header)
-    return _rendered(tokenizer, text, pieces or [], prompt_end=prompt_end, header=header.encode(), notes=notes)
-
-
-def _header(without: str | None, with_prompt: str | None) -> str:
-    """What the template writes to have the assistant answer."""
-    if without is None or with_prompt is None or not with_prompt.startswith(without):
-        return ""
-    return with_prompt[len(without) :]
-
-
-def _common_prefix(one: str, other: str) -> str:
-    n = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:n]
-
-
-def _rendered(
-    tokenizer: Any,
-    text: str,
-    pieces: Sequence[Piece],
-    *,
-    prompt_end: int | None,
-    header: bytes,
-    notes: RenderNotes,
-) -> _Draft:
+def _rendered(tokenizer: Any, written: Written) -> _Draft:
     """Encode a rendered text and put its character ranges on the tokens."""
     # A chat template writes the tokens it wants in front itself.
-    leading = _leading(tokenizer, text) if notes.template == "plain" else []
-    ids, spans = _encode(tokenizer, text)
-    ids, spans = leading + ids, [(0, 0)] * len(leading) + spans if spans else []
-    role, turn = np.zeros(len(ids), np.int8), np.full(len(ids), -1, np.int32)
+    leading = _leading(tokenizer, written.text) if written.template == "plain" else []
+    ids, spans = _encode(tokenizer, written.text)
+    role, turn = np.zeros(len(leading) + len(ids), np.int8), np.full(len(leading) + len(ids), -1, np.int32)
+    notes = RenderNotes(template=written.template, ranges=written.ranges if spans else "none")
+    draft = _Draft(ids=leading + ids, prompt_end=len(role), notes=notes, role=role, turn=turn)
     if not spans:
-        return _Draft(ids=ids, prompt_end=len(ids), notes=replace(notes, ranges="none"), role=role, turn=turn)
-    starts, ends = np.array(spans, dtype=np.int64).T
-    for piece in pieces:
+        return draft
+    starts, ends = np.array([(0, 0)] * len(leading) + spans, dtype=np.int64).T
+    for piece in written.pieces:
         # A token over two turns belongs to the one it starts in.
         role[starts >= piece.start] = ROLES.index(piece.role)
         turn[starts >= piece.start] = piece.turn
+    if written.prompt_end is None:
+        return draft
     # The first token that holds any of the response: " Yes" after "assistant:" is response.
-    first = (
-        len(ids) if prompt_end is None else int(np.argmax(ends > prompt_end)) if (ends > prompt_end).any() else len(ids)
-    )
-    return _Draft(ids=ids, prompt_end=first, notes=notes, role=role, turn=turn, header=header)
+    after = np.flatnonzero(ends > written.prompt_end)
+    return replace(draft, prompt_end=int(after[0]) if after.size else len(role), header=written.header.encode())
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -368,28 +290,3 @@ def _annotations(
             else:
                 found.append(Annotation(token_start=begin + where[0], token_end=begin + where[1], label=span.label))
     return tuple(found), tuple(unmatched)
-
-
-def _for_template(message: Message) -> dict[str, Any]:
-    data = message.as_dict()
-    if message.tool_calls:
-        data["tool_calls"] = [_parsed_call(call) for call in message.tool_calls]
-    return data
-
-
-def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Templates take a call's arguments as an object; files hold them as the JSON text a server sent."""
-    call = json.loads(json.dumps(call))
-    function = call.get("function")
-    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-        try:
-            parsed = json.loads(function["arguments"])
-        except ValueError:
-            return dict(call)
-        if isinstance(parsed, dict):
-            function["arguments"] = parsed
-    return dict(call)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
