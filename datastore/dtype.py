@@ -22,10 +22,11 @@ from zarr.core.dtype.common import (
     HasItemSize,
 )
 from zarr.core.dtype.wrapper import TBaseDType, ZDType
+from zarr.dtype import data_type_registry
 
 from datastore.errors import MisuseError
 
-__all__ = ["BFloat16", "numpy_dtype", "upcast"]
+__all__ = ["BFloat16", "numpy_dtype", "register", "upcast", "zarr_dtype"]
 
 _BFLOAT16: Final[np.dtype[Any]] = np.dtype(ml_dtypes.bfloat16)
 _NUMPY: Final[dict[str, np.dtype[Any]]] = {
@@ -54,6 +55,16 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if name not in _NUMPY:
         raise MisuseError(f"activations are not stored as {name!r}; choose one of {', '.join(_NUMPY)}")
     return _NUMPY[name]
+
+
+def register() -> None:
+    """Make bfloat16 known to zarr-python; done again, it does nothing."""
+    data_type_registry.register("bfloat16", BFloat16)
+
+
+def zarr_dtype(name: str) -> "BFloat16 | str":
+    """Return what `zarr.create_array` takes as the data type `name`, whether or not our entry point is installed."""
+    return BFloat16() if name == "bfloat16" else name
 
 
 def upcast(values: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
