@@ -1,6 +1,6 @@
-"""Which rollouts share a forward pass: arithmetic on lengths, no model and no tensors."""
+"""How many tokens share a forward pass, and what becomes of a batch that does not fit: arithmetic without tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -9,41 +9,6 @@ _HOST_BYTES = {"cpu": 1 << 30}
 _HOST_BYTES_BESIDE_ACCELERATOR = 8 << 30
 _WORK_SHARE = 0.15
 _LEAST, _MOST = 512, 16_384
-
-
-def batches(lengths: Mapping[str, int] | Sequence[int], *, batch_tokens: int) -> tuple[tuple[int, ...], ...]:
-    """Divide rollouts into batches of similar length, longest first.
-
-    The longest come first so that a batch that does not fit in memory shows at once. Equal lengths keep their order.
-
-    Parameters
-    ----------
-    lengths : sequence or mapping of int
-        Tokens of each rollout; of a mapping, its values in its order.
-    batch_tokens : int
-        Most tokens of a batch with its padding: rollouts in it x the longest of them. A rollout longer than that is a
-        batch of its own.
-
-    Returns
-    -------
-    tuple of tuples of int
-        Indices into `lengths`, each exactly once.
-
-    Raises
-    ------
-    ValueError
-        Where a length or the budget is below 1.
-    """
-    counts = list(lengths.values()) if isinstance(lengths, Mapping) else list(lengths)
-    if batch_tokens < 1 or min(counts, default=1) < 1:
-        raise ValueError(f"no batch of {batch_tokens} tokens holds a rollout of {min(counts, default=1)} tokens")
-    made: list[list[int]] = []
-    for index in sorted(range(len(counts)), key=lambda i: (-counts[i], i)):
-        if made and (len(made[-1]) + 1) * counts[made[-1][0]] <= batch_tokens:
-            made[-1].append(index)
-        else:
-            made.append([index])
-    return tuple(map(tuple, made))
 
 
 def halves(batch: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...]]:

@@ -87,6 +87,7 @@ def test_only_the_layers_that_will_run_are_loaded_and_their_bits_are_the_same(na
     assert (loaded.n_layers, find_components(loaded.model).n_layers, info.n_layers) == (2, 2, 3)
     assert not any("lm_head" in key for key, _ in loaded.model.named_parameters())
     assert not loaded.model.training
+    loaded.model.config.validate_layer_type()  # type: ignore[operator, union-attr]
     whole, part = rows_of(model, [0, 1]), rows_of(loaded.model, [0, 1])
     assert all(np.array_equal(whole[key], part[key]) for key in whole)
 
