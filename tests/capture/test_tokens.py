@@ -170,6 +170,13 @@ def test_bytes_of_single_tokens(stories: Any, kimi: Any) -> None:
     assert token_bytes(kimi, [195, 163606, 163000]) == {195: b"\xc3", 163000: b"", 163606: b"<think>"}
 
 
+def test_bytes_of_added_tokens_of_a_sentencepiece_vocabulary() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a\u2581b>"]})
+    tokenizer.add_tokens([AddedToken("\u2581\u2581", normalized=False)])
+    assert token_bytes(tokenizer, [512, 513]) == {512: "<a\u2581b>".encode(), 513: b"  "}
+
+
 def test_the_golden_text_is_read_back_without_the_tokenizer(stories: Any) -> None:
     golden = json.loads((DATA / "stories260K" / "golden.json").read_text())
     ids = golden["greedy_from_bos"][1:]
@@ -278,6 +285,11 @@ def test_a_monotonic_template_goes_by_prefixes(chatml: Any) -> None:
     assert texts(chatml, found, found.rollout.segment == 1) == "<think>\nkept\n</think>\ndone<|im_end|>\n"
 
 
+def test_a_response_that_starts_unlike_the_generation_prompt_is_kept_whole(chatml: Any) -> None:
+    found = render(chat(("user", "hi"), ("assistant", "q")), chatml, context=None)
+    assert texts(chatml, found, found.rollout.segment == 1) == "q<|im_end|>\n"
+
+
 def test_the_tokens_are_those_of_the_template_itself(chatml: Any, kimi: Any) -> None:
     for tokenizer in (chatml, kimi):
         listed = [{"role": "user", "content": "hi 世"}, {"role": "assistant", "content": "a  b"}]
@@ -350,6 +362,7 @@ def test_stored_tokens_without_turns_go_by_marker_tokens_not_by_their_text(kimi:
     found = render(Transcript.of({"id": "a", "token_ids": ids}, source="x"), kimi, context=None)
     assert found.notes.ranges == "markers"
     assert KIMI["<|im_user|>"] == found.rollout.token_ids[0]
+    assert set(np.asarray(found.rollout.turn).tolist()) == {0, 1}
     assert texts(kimi, found, found.rollout.turn == 0) == "<|im_user|>user<|im_middle|>hi<|im_end|>"
     assert set(np.asarray(found.rollout.role)[found.rollout.turn == 1].tolist()) == {ROLES.index("assistant")}
     assert texts(kimi, found, found.rollout.thinking) == "a"
