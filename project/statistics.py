@@ -1,0 +1,150 @@
+"""Comparing groups of rollouts: effect sizes, AUROC, and bootstrap intervals that resample rollouts.
+
+Tokens of one rollout depend on each other, so a rollout is the unit everywhere: one number each, or a sum and a count.
+What is undefined (one rollout, no spread, one class) is NaN, never 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import bootstrap, rankdata
+
+from datastore.errors import MisuseError
+
+__all__ = [
+    "Interval",
+    "auroc",
+    "bootstrap_auroc",
+    "bootstrap_difference",
+    "bootstrap_mean",
+    "effect_size",
+    "paired_effect_size",
+]
+
+Floats = NDArray[np.float64]
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """An estimate with its percentile bootstrap interval; the bounds are NaN where resampling says nothing."""
+
+    value: float
+    low: float
+    high: float
+
+
+def effect_size(a: ArrayLike, b: ArrayLike) -> float:
+    """Cohen's d of b over a: (mean b − mean a) / √((var a + var b)/2), variances with ddof 1.
+
+    NaN for fewer than two of either, or where neither varies.
+    """
+    first, second = _finite(a), _finite(b)
+    if min(len(first), len(second)) < 2:
+        return float("nan")
+    spread = float(np.sqrt((first.var(ddof=1) + second.var(ddof=1)) / 2))
+    return float(second.mean() - first.mean()) / spread if spread > 0 else float("nan")
+
+
+def paired_effect_size(a: ArrayLike, b: ArrayLike) -> float:
+    """Mean of b − a over its standard deviation with ddof 0, pair by pair; NaN where the difference does not vary.
+
+    Raises
+    ------
+    MisuseError
+        If there are not as many of a as of b.
+    """
+    first, second = _finite(a), _finite(b)
+    if len(first) != len(second):
+        raise MisuseError(f"{len(first)} and {len(second)} values are no pairs; match them by rollout")
+    change = second - first
+    spread = float(change.std()) if len(change) > 1 else 0.0
+    return float(change.mean()) / spread if spread > 0 else float("nan")
+
+
+def auroc(positive: ArrayLike, negative: ArrayLike) -> float:
+    """Share of (positive, negative) pairs in which the positive is larger, ties counting half; NaN without both."""
+    up, down = _finite(positive), _finite(negative)
+    if not len(up) or not len(down):
+        return float("nan")
+    return float(_auroc(up, down, axis=-1))
+
+
+def bootstrap_mean(
+    sums: ArrayLike, counts: ArrayLike | None = None, *, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """Mean over tokens with an interval over rollouts: Σ sums / Σ counts, rollouts drawn with replacement.
+
+    Parameters
+    ----------
+    sums : array of shape (rollouts,)
+        Sum over each rollout's tokens; its mean where `counts` is left out.
+    counts : array of shape (rollouts,), optional
+        Tokens of each rollout; those without any are left out.
+    """
+    total = _finite(sums)
+    number = np.ones(len(total)) if counts is None else _finite(counts)
+    total, number = total[number > 0], number[number > 0]
+    return _resampled(_ratio, (total, number), paired=True, confidence=confidence, seed=seed)
+
+
+def bootstrap_difference(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """Mean of b less mean of a with an interval, rollouts drawn with replacement within each group."""
+    return _resampled(_difference, (_finite(a), _finite(b)), paired=False, confidence=confidence, seed=seed)
+
+
+def bootstrap_auroc(positive: ArrayLike, negative: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """AUROC with an interval, rollouts drawn with replacement within each class; one number for each rollout."""
+    return _resampled(_auroc, (_finite(positive), _finite(negative)), paired=False, confidence=confidence, seed=seed)
+
+
+def _resampled(
+    statistic: Callable[..., Floats], samples: tuple[Floats, Floats], *, paired: bool, confidence: float, seed: int
+) -> Interval:
+    fewest = min(map(len, samples))
+    value = float(statistic(*samples, axis=-1)) if fewest else float("nan")
+    if fewest < 2:
+        return Interval(value=value, low=float("nan"), high=float("nan"))
+    found: Any = bootstrap(
+        samples,
+        statistic,
+        paired=paired,
+        vectorized=True,
+        method="percentile",
+        n_resamples=RESAMPLES,
+        confidence_level=confidence,
+        rng=np.random.default_rng(seed),
+    )
+    bounds = found.confidence_interval
+    return Interval(value=value, low=float(bounds.low), high=float(bounds.high))
+
+
+def _ratio(sums: Floats, counts: Floats, axis: int) -> Floats:
+    return np.asarray(sums.sum(axis=axis) / counts.sum(axis=axis))
+
+
+def _difference(a: Floats, b: Floats, axis: int) -> Floats:
+    return np.asarray(b.mean(axis=axis) - a.mean(axis=axis))
+
+
+def _auroc(up: Floats, down: Floats, axis: int) -> Floats:
+    # Mann and Whitney's U from the sum of ranks, over all pairs
+    n, m = up.shape[axis], down.shape[axis]
+    ranks = rankdata(np.concatenate([up, down], axis=axis), axis=axis)
+    above = np.take(ranks, np.arange(n), axis=axis).sum(axis=axis) - n * (n + 1) / 2
+    return np.asarray(above / (n * m))
+
+
+def _finite(values: ArrayLike) -> Floats:
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or not np.isfinite(array).all():
+        bad = int(np.count_nonzero(~np.isfinite(array)))
+        raise MisuseError(
+            f"values of shape {array.shape} with {bad} that are not finite can't be compared; "
+            "give one finite number for each rollout and leave the others out"
+        )
+    return array
