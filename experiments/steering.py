@@ -6,7 +6,7 @@ per run. What a line can't say (a null mean, a missing component) stays None; no
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -157,7 +157,8 @@ def find_steering(path: str | Path) -> tuple[SteeringFile, ...]:
     root = Path(path).absolute()
     if not root.is_dir():
         raise ExperimentError(f"{path} is not a directory, so no steering results can be read from it")
-    top = root / "steering" if (root / "steering").is_dir() else root
+    # of an experiment only its steering is walked; below a position, `steering` is one prompt set among others
+    top = root / "steering" if (root / "steering").is_dir() and not _is_position(root.parts, -1) else root
     found = (_placed(file) for file in top.rglob("*results.jsonl"))
     return tuple(sorted((one for one in found if one is not None), key=lambda one: one.file))
 
@@ -253,5 +254,5 @@ def _placed(file: Path) -> SteeringFile | None:
     )
 
 
-def _is_position(parts: list[str], at: int) -> bool:
+def _is_position(parts: Sequence[str], at: int) -> bool:
     return directory_of_position(position_of_directory(parts[at])) == parts[at] != position_of_directory(parts[at])

@@ -262,7 +262,7 @@ def _flat_entries(file: Path) -> Iterator[DirectionEntry]:
 def _flat_table(file: Path) -> tuple[list[str], dict[str, Any]]:
     try:
         if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as archive:
+            with file.open("rb") as raw, np.load(raw, allow_pickle=False) as archive:
                 keys = [key for key in archive.files if key != _TABLE_KEY]
                 text = str(archive[_TABLE_KEY]) if _TABLE_KEY in archive.files else "{}"
         else:
@@ -278,7 +278,7 @@ def _flat_table(file: Path) -> tuple[list[str], dict[str, Any]]:
 def _read_array(path: Path, key: str) -> NDArray[Any]:
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as archive:
                 return np.asarray(archive[key])
         if path.suffix == ".safetensors":
             return _read_safetensors(path, key)

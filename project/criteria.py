@@ -49,7 +49,7 @@ class Criteria:
         If the layer spec, the name of the rules or the snap is wrong.
     """
 
-    layers: str = "best+5"
+    layers: str = "best,best+5"
     traits: Sequence[str] | None = None
     component: str = "residual"
     method: str | None = None

@@ -69,6 +69,9 @@ def test_bare_nan_of_an_old_file_is_read_as_null(tmp_path: Path) -> None:
         PROJECTIONS.joinpath("alignment/deception/set1/1.json").read_text().replace("0.6701884865760803", "NaN")
     )
     assert read_projection(path).entry().prompt[0] is None
+    path.write_text(path.read_text().replace('"activation_norms"', '"logit_lens": {"p": NaN}, "activation_norms"'))
+    again = read_projection(path)
+    assert again.logit_lens == {"p": None}
 
 
 @given(arrays.arrays(np.float32, st.integers(0, 20), elements=st.floats(width=32)))

@@ -58,6 +58,15 @@ def test_results_are_found_from_any_directory_above_them(below: str) -> None:
     assert (found.position, found.prompt_set) == ("response[:5]", "steering")
 
 
+def test_below_a_position_every_prompt_set_is_found(tmp_path: Path) -> None:
+    for prompt_set in ("steering", "pv"):
+        place = tmp_path / "a/b/it/response__5" / prompt_set
+        place.mkdir(parents=True)
+        write(place / "results.jsonl", RUN)
+    found = find_steering(tmp_path / "a/b/it/response__5")
+    assert [file.prompt_set for file in found] == ["pv", "steering"]
+
+
 def write(path: Path, *rows: object, cut: int = 0) -> Path:
     text = "\n".join(json.dumps(row) for row in rows)
     path.write_text(text[: len(text) - cut])

@@ -83,6 +83,20 @@ def test_a_flat_file_gives_back_what_was_written(tmp_path: Path, suffix: str) ->
     assert len(find_directions(tmp_path).entries) == 2
 
 
+def test_a_flat_file_holds_each_direction_once_and_has_a_known_form(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match=r"d\.npz would hold one direction twice"):
+        write_flat(tmp_path / "d.npz", [direction(), direction()])
+    with pytest.raises(
+        ExperimentError, match=r"d\.csv has no known form of directions; name it \.npz or \.safetensors"
+    ):
+        write_flat(tmp_path / "d.csv", [direction()])
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08")
+    for name in ("cut.npz", "cut.safetensors"):
+        with pytest.raises(ExperimentError, match=rf"{name} can't be read \(.+\); copy it again or leave it out"):
+            find_directions(tmp_path / name)
+
+
 def test_foreign_files_need_only_a_trait_and_a_layer_in_their_keys(tmp_path: Path) -> None:
     arrays: dict[str, Any] = {"bs/lying/layer20": np.ones(3, np.float16), "guilt_L7": np.ones(3, np.float32)}
     np.savez(tmp_path / "a.npz", **arrays)

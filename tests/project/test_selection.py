@@ -93,6 +93,12 @@ def test_the_threshold_is_part_of_the_rules(tmp_path: Path) -> None:
     assert ranked(found, entry(1), entry(3), entry(5), rules="seed") == [(3, 80.0), (5, 45.0), (1, 30.0)]
 
 
+def test_coherence_at_the_threshold_counts_and_the_first_of_equal_runs_stays(tmp_path: Path) -> None:
+    found = results(tmp_path, run(1, 40, 77, weight=2.0), run(1, 40, 90, weight=9.0), run(1, 90, 76.999))
+    (best,) = rank([entry(1)], {"response[:5]": found}, rules=RULES["dev"])
+    assert (best.delta, best.coefficient, best.coherence) == (30.0, 2.0, 77.0)
+
+
 def test_a_trait_to_be_lowered_is_best_where_it_fell_most(tmp_path: Path) -> None:
     found = results(
         tmp_path, run(1, 80, 90), run(2, 5, 90), run(2, 3, 90), run(3, 30, 90), direction="negative", before=50
