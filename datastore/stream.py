@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -158,8 +158,7 @@ def blocks(sources: Iterable[Source], *, memory: int, threads: int | None = None
     memory : int
         Bytes of chunks, decoded and encoded, to hold at most.
     threads : int, optional
-        Decoding threads; one a core by default, fewer where `memory` does not feed them. One more, that hardly works,
-        asks the kernel for files ahead of their turn.
+        Decoding threads; one a core by default, fewer where `memory` does not feed them.
 
     Yields
     ------
@@ -207,28 +206,18 @@ def _ordered(
     threads: int | None,
 ) -> Generator[R, None, None]:
     """Yield work(group, buffer) of every chunk in order; a result's buffer is free again when the next one is taken."""
-    fetcher = ThreadPoolExecutor(1, thread_name_prefix="fetch")
-    try:
-        groups = _fetched(_by_chunk(sources), fetcher)
-        first = next(groups, None)
-        if first is not None:
-            buffers = _Buffers(memory, threads or len(os.sched_getaffinity(0)), first=first[0])
-            yield from _pooled(work, chain([first], groups), buffers)
-    finally:
-        fetcher.shutdown(wait=True, cancel_futures=True)
-
-
-def _pooled(
-    work: Callable[[_Group, NDArray[np.uint8]], R], groups: Iterator[_Group], buffers: "_Buffers"
-) -> Generator[R, None, None]:
+    groups = _with_later(_by_chunk(sources))
+    group, later = next(groups, (None, None))
+    if group is None:
+        return
+    buffers = _Buffers(memory, threads or len(os.sched_getaffinity(0)), first=group[0])
     pool = ThreadPoolExecutor(buffers.threads, thread_name_prefix="chunk")
     pending: deque[tuple[Future[R], NDArray[np.uint8]]] = deque()
-    group = next(groups, None)
     try:
         while group or pending:
             while group and (buffer := buffers.take(group[0])) is not None:
-                pending.append((pool.submit(work, group, buffer), buffer))
-                group = next(groups, None)
+                pending.append((pool.submit(_worked, work, group, buffer, later), buffer))
+                group, later = next(groups, (None, None))
             future, buffer = pending.popleft()
             yield future.result()
             buffers.give(buffer)
@@ -236,27 +225,37 @@ def _pooled(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _worked(
+    work: Callable[[_Group, NDArray[np.uint8]], R], group: _Group, buffer: NDArray[np.uint8], later: _Group | None
+) -> R:
+    if later and later[0].decoder is not None:
+        _fetch(later[0].file)
+    return work(group, buffer)
+
+
 def _by_chunk(sources: Iterable[Source]) -> Iterator[_Group]:
     for _, group in groupby(sources, key=lambda one: (one.path, one.layer_index, one.chunk)):
         yield tuple(group)
 
 
-def _fetched(groups: Iterator[_Group], fetcher: ThreadPoolExecutor) -> Iterator[_Group]:
-    """Yield the groups after the kernel was asked for the files of the next ones, so that cold reads do not wait."""
+def _with_later(groups: Iterator[_Group]) -> Iterator[tuple[_Group, _Group | None]]:
+    """Yield every group and the one `_AHEAD` places later."""
     waiting: deque[_Group] = deque()
     for group in groups:
-        if group[0].decoder is not None:
-            fetcher.submit(_fetch, group[0].file)
         waiting.append(group)
         if len(waiting) > _AHEAD:
-            yield waiting.popleft()
-    yield from waiting
+            yield waiting.popleft(), group
+    for group in waiting:
+        yield group, None
 
 
 def _fetch(file: Path) -> None:
+    """Ask the kernel for a file that is not in its cache, so that whoever reads it in its turn does not wait."""
     with suppress(OSError):  # whoever reads the file says what is wrong with it
         descriptor = os.open(file, os.O_RDONLY)
         try:
+            os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(descriptor)

@@ -91,7 +91,7 @@ def broken(tmp_path: Path) -> Stored:
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    assert [one.name for one in threading.enumerate() if one.name.startswith(("chunk", "fetch"))] == []
+    assert [one.name for one in threading.enumerate() if one.name.startswith("chunk")] == []
 
 
 def same_bits(found: Any, expected: Any) -> None:
