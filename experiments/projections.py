@@ -7,6 +7,7 @@ what is undefined is null, and the text is always valid JSON. Files of the old t
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -270,14 +271,21 @@ def write_json(path: str | Path, record: BaseModel) -> Path:
 
 
 def read_projection(path: str | Path) -> Projection:
-    """Read a projection file of any era.
+    """Read a projection file of any era; files of one vector each (`{id}_{method}_L{layer}.json`) are read as one.
 
     Raises
     ------
     ExperimentError
         If it can't be read or is not a projection.
     """
-    return _read(Path(path), Projection)
+    path = Path(path)
+    apart = [] if path.exists() else sorted(path.parent.glob(f"{escape(path.stem)}_*_L*.json"))
+    if not apart:
+        return _read(path, Projection)
+    read = [_read(part, Projection) for part in apart]
+    entries = sorted((entry for one in read for entry in one.projections), key=lambda e: (e.layer, e.method))
+    metadata = read[0].metadata.model_copy(update={"multi_vector": True, "n_vectors": len(entries)})
+    return read[0].model_copy(update={"projections": entries, "metadata": metadata, "massive_dim_data": None})
 
 
 def read_massive(path: str | Path) -> MassiveActivations:

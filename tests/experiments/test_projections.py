@@ -47,20 +47,34 @@ def test_an_old_massive_activations_file_is_read_and_written_back(tmp_path: Path
     assert read.aggregate.dim_magnitude_by_layer[5] == [52.811, 49.069, 46.942]
 
 
-def test_the_form_of_one_vector_is_read_into_the_form_of_several(tmp_path: Path) -> None:
+def one_vector(layer: int, method: str) -> str:
+    source = {"layer": layer, "method": method, "baseline": 0.1, "selection_source": "steering"}
     old = {
-        "metadata": {
-            "prompt_id": "7", "prompt_set": "s",
-            "vector_source": {"layer": 12, "method": "probe", "baseline": 0.1, "selection_source": "steering"},
-        },
-        "projections": {"prompt": [1.0], "response": [2.0, 3.0]},
+        "metadata": {"prompt_id": "7", "prompt_set": "s", "vector_source": source},
+        "projections": {"prompt": [1.0], "response": [2.0, float(layer)]},
         "token_norms": {"prompt": [4.0], "response": [5.0, 6.0]},
-    }  # fmt: skip
+    }
+    return json.dumps(old)
+
+
+def test_the_form_of_one_vector_is_read_into_the_form_of_several(tmp_path: Path) -> None:
     path = tmp_path / "7.json"
-    path.write_text(json.dumps(old))
+    path.write_text(one_vector(12, "probe"))
     entry = read_projection(path).entry(12)
     assert (entry.method, entry.baseline, entry.selection_source) == ("probe", 0.1, "steering")
-    assert (entry.response, entry.token_norms is not None and entry.token_norms.response) == ([2.0, 3.0], [5.0, 6.0])
+    assert (entry.response, entry.token_norms is not None and entry.token_norms.response) == ([2.0, 12.0], [5.0, 6.0])
+
+
+def test_files_of_one_vector_each_are_read_as_one(tmp_path: Path) -> None:
+    for layer, method in ((12, "probe"), (9, "probe"), (9, "mean_diff")):
+        (tmp_path / f"7_{method}_L{layer}.json").write_text(one_vector(layer, method))
+    read = read_projection(tmp_path / "7.json")
+    assert [(e.layer, e.method, e.response[1]) for e in read.projections] == [
+        (9, "mean_diff", 9.0), (9, "probe", 9.0), (12, "probe", 12.0),
+    ]  # fmt: skip
+    assert read.metadata.n_vectors == 3
+    with pytest.raises(ExperimentError, match=r"8\.json does not exist"):
+        read_projection(tmp_path / "8.json")
 
 
 def test_bare_nan_of_an_old_file_is_read_as_null(tmp_path: Path) -> None:
