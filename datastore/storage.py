@@ -196,10 +196,10 @@ def write_array(
 def zarr_array(path: Path, mode: str = "r") -> zarr.Array[Any]:
     """Open one array by its own zarr.json, with all chunks written, also those that equal the fill value."""
     try:
-        array = zarr.open_array(LocalStore(path), mode=mode, config={"write_empty_chunks": True})  # type: ignore[arg-type]
+        array = zarr.open_array(LocalStore(path), mode=mode)
     except FileNotFoundError as error:
         raise CorruptError(f"the array {path} is missing; what it holds is lost") from error
-    return array
+    return array.with_config({"write_empty_chunks": True})  # open_array takes a config and drops it
 
 
 def read_array(path: Path) -> NDArray[Any]:
