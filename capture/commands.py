@@ -170,7 +170,7 @@ def _request(
     from capture.layerspec import parse_layers
     from capture.loading import describe
 
-    info = describe(model or BUNDLED / "model", revision=revision, trust_remote_code=options["trust"])
+    info = describe(model or BUNDLED / "stories260K", revision=revision, trust_remote_code=options["trust"])
     transcripts = experiments.read(list(inputs or [str(BUNDLED / "rollouts.jsonl")]))
     rendered = _choose(_render_all(transcripts, info, options["truncate"], quiet=quiet), choice)
     table = describe_components(

@@ -189,17 +189,55 @@ def provenance(loaded: Loaded) -> dict[str, Any]:
 
     Weights from the Hub are named by their commit; others by the sha256 of their safetensors files.
     """
-    info = loaded.info
+    return _facts(
+        loaded.info, dtype=loaded.dtype, device=loaded.device, attn_implementation=loaded.attn_implementation, hash=True
+    )
+
+
+def identity(
+    info: ModelInfo, *, dtype: str | None = None, device: str = "auto", hash_weights: bool = True
+) -> dict[str, Any]:
+    """What `provenance` will say once the model is loaded, without loading it.
+
+    Parameters
+    ----------
+    info : ModelInfo
+    dtype, device
+        As for `load`.
+    hash_weights : bool
+        Read the local weights' files to hash them; where False, their sha256 is None.
+    """
+    placed = _device_map(device)
+    return _facts(
+        info,
+        dtype=dtype or info.dtype,
+        device=placed[""] if isinstance(placed, dict) else "cuda" if placed else "cpu",
+        attn_implementation=_attn_implementation(info, dtype or info.dtype),
+        hash=hash_weights,
+    )
+
+
+def _attn_implementation(info: ModelInfo, dtype: str) -> str:
+    """What transformers would choose, asked of one layer without weights."""
+    make: Any = AutoModel
+    with torch.device("meta"), _quietly(), _as_model_error(info.name, "can't be built from its config"):
+        model = make.from_config(
+            _shortened(info.config, 1), dtype=getattr(torch, dtype), trust_remote_code=info.trust_remote_code
+        )
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def _facts(info: ModelInfo, *, dtype: str, device: str, attn_implementation: str, hash: bool) -> dict[str, Any]:
     return {
         "model": info.model_id,
         "model_type": info.config.model_type,
         "revision": info.revision,
-        "weights_sha256": None if info.revision else _digest(_weight_files(info.directory)),
+        "weights_sha256": None if info.revision or not hash else _digest(_weight_files(info.directory)),
         "tokenizer_sha256": _digest(_tokenizer_files(info)),
         "n_layers": info.n_layers,
-        "dtype": loaded.dtype,
-        "attn_implementation": loaded.attn_implementation,
-        "device": _device_name(loaded.device),
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "versions": _versions(),
     }

@@ -4,5 +4,5 @@ from pathlib import Path
 
 __all__ = ["MODEL", "ROLLOUTS"]
 
-MODEL = Path(__file__).parent / "model"
+MODEL = Path(__file__).parent / "stories260K"
 ROLLOUTS = Path(__file__).parent / "rollouts.jsonl"

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from capture.components import describe_components, find_components
 from capture.errors import ModelError, RequestError
 from capture.forward import run_batch
-from capture.loading import describe, load, provenance
+from capture.loading import describe, identity, load, provenance
 from tests.capture import tiny
 
 
@@ -122,6 +122,7 @@ def test_attention_implementation_is_what_was_asked_for(saved: Path) -> None:
 def test_provenance_is_json_without_paths_and_follows_every_byte(saved: Path, model_dir: Path) -> None:
     there = provenance(load(describe(saved), device="cpu", layers=[0]))
     again = provenance(load(describe(model_dir), device="cpu", layers=[0]))
+    assert identity(describe(saved), device="cpu") == there, "known before anything is loaded"
     assert json.loads(json.dumps(there)) == there
     assert str(saved.parent) not in json.dumps(there)
     assert there["model"] == "tiny-llama"

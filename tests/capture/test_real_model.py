@@ -1,5 +1,4 @@
-"""The bundled real model from its directory: bits against transformers itself, and text that others computed "
-"with it."""
+"""The bundled real model from its directory: bits against transformers itself, and text that others computed with it."""
 
 import json
 from pathlib import Path
@@ -10,11 +9,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from capture.bundled import MODEL
 from capture.components import find_components
 from capture.forward import run_batch
 from capture.loading import Loaded, describe, load
 
-MODEL = Path(__file__).parents[2] / "capture" / "bundled" / "model"
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "stories260K" / "golden.json").read_text())
 
 
