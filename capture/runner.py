@@ -1,10 +1,12 @@
-"""Run a model over rollouts into a store: plan, forward batch by batch, commit. The main job, without a command line."""
+"""Run a model over rollouts into a store: plan, forward batch by batch, commit. The main job without a command line."""
 
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,28 @@ from capture.errors import CaptureError, RequestError
 from capture.forward import Halved, run_batch
 from capture.layerspec import parse_layers
 from capture.tokenbytes import token_bytes
-from datastore import layout
+from datastore import layout, storage
 from datastore.dtype import upcast
 from datastore.planning import plans_directory
 from datastore.schema import Batch, Codec, Plan, Rollout
+from datastore.union import load_union
 from datastore.writer import Writer
 
-__all__ = ["Done", "Tick", "carry_out", "in_memory_provenance", "run"]
+__all__ = ["Done", "Source", "Tick", "carry_out", "expected_bytes", "in_memory_provenance", "run"]
+
+Source = Callable[[], tuple[nn.Module, ComponentTable]]
+"""Gives the model and its components; called once, and only when something is left to compute."""
+
+_RATIO = {"bfloat16": 1.43, "float16": 1.2, "float32": 1.15, "float64": 1.1}
+"""Compression to expect of a dtype, for estimates only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
-    """How far a capture is, after a batch."""
+    """How far a capture is: rollouts done of all, tokens computed by this call, bytes of chunks."""
 
     rollouts: int
+    of: int
     tokens: int
     raw_bytes: int
     stored_bytes: int
@@ -50,11 +60,11 @@ class Done:
     pending : int
         Plans of which other parts are not done.
     rollouts, tokens : int
-        Computed and stored by this call.
+        Computed and stored by this call; where there are several plans, tokens count once for each.
     raw_bytes, stored_bytes : int
         Of the chunks of the plans carried out, before and after compression.
     seconds : float
-        Spent in the model and the writer.
+        Spent in the model's forwards and the writer; loading is not counted.
     notes : list of str
         What happened that a reader of the data should know: batches halved, rollouts split.
     """
@@ -121,6 +131,7 @@ def run(
         As `run_batch`.
     """
     table = find_components(model, hook_paths=hook_paths)
+    known = dict(provenance or in_memory_provenance(model, table))
     numbers = parse_layers(layers, table.n_layers) if isinstance(layers, str) else tuple(layers)
     used = sorted({int(i) for r in rollouts for i in np.unique(r.token_ids)})
     plans = datastore.plan(
@@ -128,20 +139,18 @@ def run(
         rollouts,
         layers=numbers,
         components=table.specs(components, numbers),
-        provenance=provenance or in_memory_provenance(model, table),
+        provenance=known,
         batch_tokens=batch_tokens or auto_batch_tokens(model.config, next(model.parameters()).device),
         codec=codec,
         most_tokens=most_tokens,
         vocab=token_bytes(tokenizer, used) if tokenizer is not None else {},
         replace=replace,
     )
-    return carry_out(plans, model, store, table=table, **options)
+    return carry_out(plans, store, source=lambda: (model, table), environment=known.get("environment"), **options)
 
 
 def in_memory_provenance(model: nn.Module, table: ComponentTable) -> dict[str, Any]:
     """What a model that came from no known place says of itself; its weights are hashed as they are in memory."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -165,10 +174,9 @@ def in_memory_provenance(model: nn.Module, table: ComponentTable) -> dict[str, A
 
 def carry_out(
     plans: Sequence[Plan],
-    model: nn.Module,
     store: str | os.PathLike[str],
     *,
-    table: ComponentTable,
+    source: Source,
     part: tuple[int, int] = (1, 1),
     memory: int = 1 << 30,
     strict: bool = False,
@@ -181,10 +189,9 @@ def carry_out(
     ----------
     plans : sequence of Plan
         From `datastore.plan`.
-    model : nn.Module
     store : path
-    table : ComponentTable
-        Found in `model`.
+    source : callable
+        Gives the model and its components; called only where something is left to compute.
     part : (int, int)
         Part i of N of every plan.
     memory : int
@@ -195,18 +202,22 @@ def carry_out(
         Versions, device and threads of this process. A plan begun elsewhere is refused where versions or device differ;
         its number of threads is taken over.
     tick : callable
-        Told after each batch.
+        Told when the model is there, and after each batch.
+
+    Raises
+    ------
+    DatastoreError
+        As `datastore.create` and `Writer.commit`.
+    CaptureError
+        As `run_batch`; where the disk has not the room; where the plan was begun in another environment.
     """
-    done, began = Done(), time.monotonic()
+    done, loaded = Done(), _Loaded(source)
+    _refuse_full_disk(Path(store), plans)
     for plan in plans:
-        threads = torch.get_num_threads()
-        _take_over(plan, environment, store)
-        try:
-            with datastore.create(store, plan, part=part, memory=memory) as writer:
-                _fill(writer, model, table, done=done, strict=strict, tick=tick)
-                number = writer.commit()
-        finally:
-            torch.set_num_threads(threads)
+        began, loading = time.monotonic(), loaded.seconds
+        with _as_begun(plan, environment, store), datastore.create(store, plan, part=part, memory=memory) as writer:
+            _Filling(writer=writer, store=Path(store), done=done, strict=strict, tick=tick).fill(loaded)
+            number = writer.commit()
         if number is None:
             done.pending += 1
         else:
@@ -214,91 +225,172 @@ def carry_out(
         state = writer.progress()
         done.raw_bytes += state.raw_bytes
         done.stored_bytes += state.stored_bytes
-    done.seconds = time.monotonic() - began
+        done.seconds += time.monotonic() - began - (loaded.seconds - loading)
     return done
 
 
-def _take_over(plan: Plan, now: Mapping[str, Any] | None, store: str | os.PathLike[str]) -> None:
-    """Compute as the plan was begun: its number of threads, and no other versions or device."""
+class _Loaded:
+    """The model, loaded at its first use; how long that took."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._found: tuple[nn.Module, ComponentTable] | None = None
+        self.seconds = 0.0
+
+    def get(self) -> tuple[nn.Module, ComponentTable]:
+        if self._found is None:
+            began = time.monotonic()
+            self._found = self._source()
+            self.seconds = time.monotonic() - began
+        return self._found
+
+
+def expected_bytes(plan: Plan) -> int:
+    """Estimate the bytes of a plan's chunks on disk."""
+    rows = plan.n_tokens * len(plan.layers)
+    return int(sum(rows * c.width * c.itemsize / _RATIO[c.dtype] for c in plan.components))
+
+
+def _refuse_full_disk(store: Path, plans: Sequence[Plan]) -> None:
+    need = 0
+    for plan in plans:
+        directory = plans_directory(store) / plan.key
+        there = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+        need += max(0, expected_bytes(plan) - there)
+    free = storage.free_bytes(store)
+    if need > free:
+        raise CaptureError(
+            f"about {need:,} bytes are still to be written to {store} and {free:,} bytes are free, so they would not "
+            "fit; nothing was computed, make room, ask for fewer layers, components or rollouts, or use another disk"
+        )
+
+
+@contextmanager
+def _as_begun(plan: Plan, now: Mapping[str, Any] | None, store: str | os.PathLike[str]) -> Iterator[None]:
+    """Compute as the plan was begun: its number of threads while this lasts, and no other versions or device."""
     then = plan.provenance.get("environment") or {}
-    if then.get("threads"):
-        torch.set_num_threads(int(then["threads"]))
     for name in ("versions", "device"):
         if now is not None and name in then and then[name] != now.get(name):
-            changed = _difference(then[name], now.get(name))
+            before, after = _difference(then[name], now.get(name))
             raise CaptureError(
-                f"this capture was begun with {changed[0]} and now runs with {changed[1]}, so its rows would not be the "
-                f"same bits; go on with {changed[0]}, or delete {plans_directory(Path(store)) / plan.key} to begin anew"
+                f"this capture was begun with {before} and now runs with {after}, so its rows would not be the same "
+                f"bits; go on with {before}, or delete {plans_directory(Path(store)) / plan.key} to begin anew"
             )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(int(then.get("threads") or threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _difference(then: Any, now: Any) -> tuple[str, str]:
     if not isinstance(then, Mapping) or not isinstance(now, Mapping):
         return str(then), str(now)
     names = [n for n in sorted({*then, *now}) if then.get(n) != now.get(n)]
-    return tuple(", ".join(f"{n} {side.get(n)}" for n in names) for side in (then, now))  # type: ignore[return-value]
+    return ", ".join(f"{n} {then.get(n)}" for n in names), ", ".join(f"{n} {now.get(n)}" for n in names)
 
 
-def _fill(
-    writer: Writer,
-    model: nn.Module,
-    table: ComponentTable,
-    *,
-    done: Done,
-    strict: bool,
-    tick: Callable[[Tick], object],
-) -> None:
-    plan = writer.plan
-    for batch in writer.todo():
+@dataclass(slots=True, kw_only=True)
+class _Filling:
+    """One plan while it is filled."""
 
-        def put(component: str, layer: int, rollout_id: str, values: NDArray[Any], *, start: int) -> None:
-            if rollout_id not in stored:
-                return
-            if strict:
-                _refuse_nonfinite(values, component=component, layer=layer, rollout_id=rollout_id, start=start)
-            writer.put(component, layer, rollout_id, values, start=start)
+    writer: Writer
+    store: Path
+    done: Done
+    strict: bool
+    tick: Callable[[Tick], object]
+    of: int = 0
+    left: int = 0
 
-        def on_halve(what: Halved, batch: Batch = batch) -> None:
-            done.notes.append(_record(writer, batch, what))
+    def fill(self, loaded: _Loaded) -> None:
+        """Compute every batch of which rows are missing."""
+        todo = self.writer.todo()
+        if not todo:
+            return
+        model, table = loaded.get()
+        pieces = _pieces(self.store, self.writer)
+        self.of, self.left = len(self.writer.plan.rollouts), sum(len(batch.stored) for batch in todo)
+        self._tell()
+        for batch in todo:
+            self._batch(model, table, batch, piece_tokens=pieces.get(batch.members[0]))
 
-        stored = frozenset(batch.stored)
+    def _batch(self, model: nn.Module, table: ComponentTable, batch: Batch, *, piece_tokens: int | None) -> None:
+        plan, stored = self.writer.plan, frozenset(batch.stored)
         run_batch(
             model,
             table,
             [(name, plan.tokens(batch, name)) for name in batch.members],
             layers=plan.layers,
             components=[c.name for c in plan.components],
-            put=put,
-            on_halve=on_halve,
+            put=partial(self._put, stored),
+            on_halve=partial(self._halved, batch),
+            piece_tokens=piece_tokens,
         )
-        done.rollouts += len(stored)
-        done.tokens += sum(plan.rollouts[plan.rows[name]].n_tokens for name in stored)
-        state = writer.progress()
-        tick(
+        self.left -= len(stored)
+        self.done.rollouts += len(stored)
+        self.done.tokens += sum(plan.rollouts[plan.rows[name]].n_tokens for name in stored)
+        self._tell()
+
+    def _put(
+        self,
+        stored: frozenset[str],
+        component: str,
+        layer: int,
+        rollout_id: str,
+        values: NDArray[Any],
+        *,
+        start: int,
+    ) -> None:
+        if rollout_id not in stored:
+            return
+        if self.strict:
+            _refuse_nonfinite(values, component=component, layer=layer, rollout_id=rollout_id, start=start)
+        self.writer.put(component, layer, rollout_id, values, start=start)
+
+    def _halved(self, batch: Batch, what: Halved) -> None:
+        """Write down that a batch did not fit, so that a resumed or later capture computes the same way; say it."""
+        if what.into:
+            self.writer.halved(batch.of(what.rollout_ids), [batch.of(members) for members in what.into])
+            note = f"a batch of {len(what.rollout_ids)} rollouts did not fit in memory and was halved"
+        else:
+            name = what.rollout_ids[0]
+            split = {"rollout_id": name, "from_token": what.from_token, "piece_tokens": what.piece_tokens}
+            self.writer.note("split", split)
+            note = f"rollout {name!r} did not fit in memory and was computed in pieces of {what.piece_tokens} tokens"
+        self.done.notes.append(note)
+
+    def _tell(self) -> None:
+        state = self.writer.progress()
+        self.tick(
             Tick(
-                rollouts=done.rollouts,
-                tokens=done.tokens,
-                raw_bytes=done.raw_bytes + state.raw_bytes,
-                stored_bytes=done.stored_bytes + state.stored_bytes,
+                rollouts=self.of - self.left,
+                of=self.of,
+                tokens=self.done.tokens,
+                raw_bytes=self.done.raw_bytes + state.raw_bytes,
+                stored_bytes=self.done.stored_bytes + state.stored_bytes,
             )
         )
 
 
-def _record(writer: Writer, batch: Batch, what: Halved) -> str:
-    """Write down that a batch did not fit, so that a resumed or later capture computes the same way; say it."""
-    if what.into:
-        writer.halved(batch.of(what.rollout_ids), [batch.of(members) for members in what.into])
-        return f"a batch of {len(what.rollout_ids)} rollouts did not fit in memory and was halved"
-    name = what.rollout_ids[0]
-    split = {"rollout_id": name, "from_token": what.from_token, "piece_tokens": what.piece_tokens}
-    writer.note("split", split)
-    return f"rollout {name} did not fit in memory and was computed in pieces of {what.piece_tokens} tokens"
+def _pieces(store: Path, writer: Writer) -> dict[str, int]:
+    """Tokens a piece of each rollout that was split for memory before, in this plan or when its other layers were."""
+    noted = [c.attrs["provenance"].get("notes", {}) for c in load_union(store).captures]
+    found: dict[str, int] = {}
+    for notes in [*noted, writer.notes()]:
+        here: dict[str, int] = {}
+        for one in notes.get("split", []):
+            if one["from_token"] == 0:
+                here[one["rollout_id"]] = min(one["piece_tokens"], here.get(one["rollout_id"], one["piece_tokens"]))
+        found |= here
+    return found
 
 
 def _refuse_nonfinite(values: NDArray[Any], *, component: str, layer: int, rollout_id: str, start: int) -> None:
     bad = ~np.isfinite(upcast(values)).all(axis=1)
     if bad.any():
         raise RequestError(
-            f"{component} at layer {layer} of rollout {rollout_id!r} is not finite at token {start + int(bad.argmax())} "
-            f"({int(bad.sum())} tokens in all); --strict stops here and commits nothing, leave it out to store and count"
+            f"{component} at layer {layer} of rollout {rollout_id!r} is not finite at token "
+            f"{start + int(bad.argmax())} (one of {int(bad.sum())} tokens); --strict stops here and nothing was "
+            "committed, leave it out to store and count such values"
         )

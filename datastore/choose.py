@@ -40,14 +40,15 @@ def choose(
         unknown = [i for i in dict.fromkeys(ids) if i not in table.index]
         if unknown:
             raise MisuseError(
-                f"{len(unknown)} of the ids asked for are not there: {_some(unknown)}; there are {_some(list(table.index))}"
+                f"{len(unknown)} of the ids asked for are not there: {_some(unknown)}; there are "
+                f"{_some(list(table.index))}"
             )
         table = table[table.index.isin(set(ids))]
     if where is not None:
         table = _query(table, where)
     if limit is not None:
         table = table.head(limit)
-    if table.empty:
+    if not len(table):
         raise MisuseError(f"nothing is selected: no rollout is left after {_asked(ids, where)}; ask for less")
     return [str(i) for i in table.index]
 

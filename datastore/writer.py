@@ -348,6 +348,10 @@ class Writer:
         """Keep a fact about how this part was computed (JSON); it goes into the capture's provenance at commit."""
         self._partials.note(key, value)
 
+    def notes(self) -> dict[str, list[Any]]:
+        """Return what this and earlier processes noted of this plan."""
+        return self._partials.notes()
+
     def commit(self) -> int | None:
         """Finish this part; if it was the last, publish the capture.
 

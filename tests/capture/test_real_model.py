@@ -1,4 +1,4 @@
-"""The bundled real model from its directory: bits against transformers itself, and text that others computed with it."""
+"""The bundled real model from its directory: bits against transformers itself, and texts that others got from it."""
 
 import json
 from pathlib import Path
