@@ -1,4 +1,4 @@
-"""The Zarr group of one capture: every array with its final shape, coordinates and table filled, before any row exists."""
+"""The Zarr group of one capture: every array in its final shape, coordinates and table filled, before any row is."""
 
 import hashlib
 import json
@@ -15,7 +15,8 @@ from datastore.schema import ROLES, SEGMENTS, STATISTICS, LabelValue, Plan
 
 __all__ = ["build_group", "hidden_axis", "label_array", "label_file"]
 
-STATS_ROW_BYTES = 8 << 20
+STATS_ROW_BYTES = 2 << 20
+"""Bytes a chunk of one statistic, which is as many rollouts; a commit holds about eight times as much per thread."""
 
 
 def build_group(path: Path, plan: Plan, *, created: str) -> None:
@@ -61,6 +62,7 @@ def group_attributes(plan: Plan, created: str) -> dict[str, Any]:
     return {
         "plan": plan.key,
         "request": plan.request,
+        "replace": plan.replace,
         "created": created,
         "layers": list(plan.layers),
         "components": [{"name": c.name, "width": c.width, "dtype": c.dtype, "hook": c.hook} for c in plan.components],
@@ -113,8 +115,8 @@ def _write_table(path: Path, plan: Plan) -> None:
     }
     storage.create_group(path, {})
     for name, values in columns.items():
-        attrs = {"sample_dimension": "token"} if name == "n_tokens" else {}
-        storage.write_array(path / name, values, dims=("row",), attrs=attrs)
+        ragged = {"sample_dimension": "token"} if name == "n_tokens" else {}
+        storage.write_array(path / name, values, dims=("row",), attrs=ragged)
     storage.create_group(path / "labels", {})
     for name in dict.fromkeys(key for r in rollouts for key in r.labels):
         values, missing = label_array([r.labels.get(name) for r in rollouts])

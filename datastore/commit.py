@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datastore import layout, parts, storage
-from datastore.errors import DatastoreError
-from datastore.partials import ChunkId, Partials
+from datastore.capture_group import STATS_ROW_BYTES
+from datastore.errors import CorruptError, DatastoreError, PlanError
+from datastore.partials import ChunkId, Partials, chunks_within, grid_index
 from datastore.schema import SEGMENTS, STATISTICS, Plan
 from datastore.stats import Key, Moments
+from datastore.union import load_drops, load_union
 
 __all__ = ["Combiner", "commit_group", "committed_as"]
 
@@ -22,13 +25,9 @@ NAMED_NONFINITE = 20
 class Combiner:
     """Adds the partials of all chunks up, in token order, and writes the statistics of a capture."""
 
-    def __init__(self, plan: Plan, group: Path, partials: Partials, *, threads: int) -> None:
+    def __init__(self, plan: Plan, group: Path, partials: Partials, *, threads: int, memory: int) -> None:
         self.plan, self.group, self.partials = plan, group, partials
-        self._threads = threads
-
-    def notes(self) -> dict[str, list[Any]]:
-        """Return what the parts noted."""
-        return self.partials.notes()
+        self._threads = max(1, min(threads, memory // (8 * STATS_ROW_BYTES)))
 
     def combine(self) -> dict[str, Any]:
         """Write `stats/` and return what the capture's metadata says of them."""
@@ -46,7 +45,7 @@ class Combiner:
         norms = np.empty(self.plan.n_tokens, dtype=np.float32)
         count, where = 0, []
         for block, moments in self._blocks(component, layer_index, norms):
-            self._write_block(component, layer_index, block, moments)
+            self._write_block(component, layer_index, block=block, sums=moments)
             count += sum(int(m.nonfinite.sum()) for m in moments.values())
         storage.zarr_array(self.group / "stats" / component / "norm", "r+")[:, layer_index] = norms
         if count:
@@ -76,7 +75,7 @@ class Combiner:
             return 1
         return int(storage.zarr_array(self.group / "stats" / component / "sum").chunks[0])
 
-    def _write_block(self, component: str, layer_index: int, block: int, sums: dict[Key, Moments]) -> None:
+    def _write_block(self, component: str, layer_index: int, *, block: int, sums: dict[Key, Moments]) -> None:
         width = self.plan.component(component).width
         if self.plan.stats_level == "rollout":
             rows = self._rows_a_block(component)
@@ -107,43 +106,84 @@ class Combiner:
         return named
 
 
-def commit_group(store: Path, directory: Path, plan: Plan, combiner: Combiner) -> int:
-    """Complete and publish a plan whose parts are all done; return the capture's number.
+def commit_group(store: Path, directory: Path, combiner: Combiner, *, done: tuple[int, int]) -> int | None:
+    """Record that the tokens `done` are written and synced, and if all are, complete and publish the plan.
 
     Of several processes that come here at once one publishes and the others return the same number.
+
+    Returns
+    -------
+    int or None
+        The capture's number; None where a part is not done.
+
+    Raises
+    ------
+    ConflictError
+        Meanwhile another capture brought one of the rollouts with other tokens or from another model.
+    CorruptError
+        A chunk of a part that was done is gone; its part is to do again.
     """
-    group = directory / "group"
+    group, plan = directory / "group", combiner.plan
     try:
-        with parts.locked(directory, "commit.lock"):
-            if not group.is_dir():
-                return committed_as(store, plan)
-            _complete(group, plan, combiner)
+        with parts.locked(directory / "parts"):
+            parts.mark_done(directory / "parts", start=done[0], stop=done[1])
+            if parts.unfinished(directory / "parts", plan.n_tokens):
+                return None
+            union = load_union(store)
+            if not plan.replace:
+                union.refuse_conflicts(plan.rollouts, plan.provenance, store=store)
+            _complete(directory, combiner)
             storage.sync_files(group)
-            number = storage.publish(group, store / "captures")
-            storage.remove(directory)
-            return number
-    except FileNotFoundError:
-        if directory.exists():
+            used = [number for drop in load_drops(store) for number in drop.captures]
+            number = storage.publish(group, store / "captures", above=max(used, default=0))
+            storage.discard(directory)
+    except PlanError:
+        if group.is_dir():
             raise
         return committed_as(store, plan)
+    with suppress(OSError):
+        directory.parent.rmdir()  # where no other plan waits
+    return number
 
 
-def _complete(group: Path, plan: Plan, combiner: Combiner) -> None:
-    for leftover in group.rglob("*.partial"):
-        leftover.unlink(missing_ok=True)
+def _complete(directory: Path, combiner: Combiner) -> None:
+    group, plan = directory / "group", combiner.plan
+    stored = _stored_bytes(directory, plan)
+    _clear_leftovers(group, plan)
     attrs = storage.attributes(group)
     if plan.statistics:
         attrs |= combiner.combine()
-    notes = combiner.notes()
+    notes = combiner.partials.notes()
     if notes:
         attrs["provenance"] = attrs["provenance"] | {"notes": notes}
-    attrs["stored_bytes"] = {one.name: _bytes_under(group / one.name / "c") for one in plan.components}
+    attrs["stored_bytes"] = stored
     storage.set_attributes(group, attrs)
     storage.consolidate(group)
 
 
-def _bytes_under(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+def _stored_bytes(directory: Path, plan: Plan) -> dict[str, int]:
+    """Return the bytes of each component's chunks, all of which must be there."""
+    total = {one.name: 0 for one in plan.components}
+    for chunk in chunks_within(plan, (0, plan.n_tokens)):
+        size = storage.chunk_size(directory / "group" / chunk.component, grid_index(chunk))
+        if not size:
+            start, stop = layout.chunk_range(chunk.chunk, plan.chunk_tokens[chunk.component], plan.n_tokens)
+            parts.reopen(directory / "parts", start=start, stop=stop)
+            raise CorruptError(
+                f"the chunk of {chunk.component} at layer {plan.layers[chunk.layer_index]}, tokens {start}-{stop}, was "
+                "written and is gone, so nothing was committed; run the same command again to fill it"
+            )
+        total[chunk.component] += size
+    return total
+
+
+def _clear_leftovers(group: Path, plan: Plan) -> None:
+    """Delete the temporary files of a commit that was killed; those among the chunks went when their part began."""
+    storage.clear_leftovers(group)
+    for entry in group.iterdir():
+        if entry.is_dir() and entry.name not in plan.chunk_tokens:
+            for leftover in entry.rglob("*.partial"):
+                leftover.unlink(missing_ok=True)
 
 
 def committed_as(store: Path, plan: Plan) -> int:

@@ -1,7 +1,7 @@
 """Chunk arithmetic: tokens a chunk, part i of N, rollout <-> token range, what is still to do. Pure ints and NumPy.
 
-A component is stored as a run of tokens of one layer per chunk. Rollouts lie end to end on the token axis (CF contiguous
-ragged array), so a rollout is a token range and a chunk holds pieces of one or more rollouts.
+A component is stored as a run of tokens of one layer per chunk. Rollouts lie end to end on the token axis (CF
+contiguous ragged array), so a rollout is a token range and a chunk holds pieces of one or more rollouts.
 """
 
 from collections.abc import Iterable, Sequence

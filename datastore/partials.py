@@ -8,6 +8,8 @@ the same to the bit however the work was interrupted or divided.
 import json
 import os
 import threading
+import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from datastore.errors import CorruptError
 from datastore.schema import Plan
 from datastore.stats import Key, MomentsTable
 
-__all__ = ["ChunkId", "Partials", "finished_chunks", "read_chunk"]
+__all__ = ["ChunkId", "Partials", "chunks_within", "finished_chunks", "grid_index", "read_chunk"]
 
 
 SEAL = 4
@@ -39,6 +41,11 @@ class ChunkId(NamedTuple):
     component: str
     layer_index: int
     chunk: int
+
+
+def grid_index(chunk: ChunkId) -> tuple[int, int, int]:
+    """Return where a chunk stands in its array (token, layer, hidden)."""
+    return chunk.chunk, chunk.layer_index, 0
 
 
 def read_chunk(group: Path, plan: Plan, chunk: ChunkId) -> tuple[NDArray[Any], bytes]:
@@ -58,47 +65,68 @@ def read_chunk(group: Path, plan: Plan, chunk: ChunkId) -> tuple[NDArray[Any], b
     """
     spec, size = plan.component(chunk.component), plan.chunk_tokens[chunk.component]
     array = group / chunk.component
-    file = storage.chunk_file(array, (chunk.chunk, chunk.layer_index, 0))
+    file = storage.chunk_file(array, grid_index(chunk))
     try:
         encoded = file.read_bytes()
     except OSError as error:
-        raise CorruptError(f"{file} can't be read: {error.strerror}; its rows are lost") from error
+        raise CorruptError(
+            f"{file} can't be read ({error.strerror}), so its rows are lost; run the same command again to fill it"
+        ) from error
     values = np.empty((size, spec.width), dtype=numpy_dtype(spec.dtype))
     decoder = ChunkDecoder.of(storage.array_metadata(array))
     if decoder is None:
-        raise CorruptError(f"{array} is encoded with codecs that this release does not write; remove the plan")
+        raise CorruptError(
+            f"{array} is encoded with codecs that this release does not write, so the plan can't go on; "
+            f"remove {group.parent}"
+        )
     decoder.decode_into(encoded, values)
     start, stop = layout.chunk_range(chunk.chunk, size, plan.n_tokens)
     return values[: stop - start], encoded
 
 
+def chunks_within(plan: Plan, tokens: tuple[int, int]) -> Iterator[ChunkId]:
+    """Yield the chunks of a token range, along the token axis first."""
+    for one in plan.components:
+        for index in layout.chunks_of(*tokens, plan.chunk_tokens[one.name]):
+            for i in range(len(plan.layers)):
+                yield ChunkId(one.name, i, index)
+
+
 def finished_chunks(group: Path, plan: Plan, tokens: tuple[int, int], *, threads: int) -> dict[ChunkId, int]:
-    """Return the chunks of a token range that are there and decode, with their stored bytes; delete those that do not."""
-    found = [
-        ChunkId(one.name, i, index)
-        for one in plan.components
-        for index in layout.chunks_of(*tokens, plan.chunk_tokens[one.name])
-        for i in range(len(plan.layers))
-        if storage.chunk_file(group / one.name, (index, i, 0)).exists()
-    ]
+    """Return the chunks of a token range that are there and decode, with their stored bytes, 0 where one is damaged.
+
+    Temporary files that killed processes left beside them are deleted: a range has one living holder.
+    """
+    found = []
+    for chunk in chunks_within(plan, tokens):
+        file = storage.chunk_file(group / chunk.component, grid_index(chunk))
+        storage.clear_leftovers(file.parent)
+        if file.exists():
+            found.append(chunk)
 
     def size(chunk: ChunkId) -> int:
         try:
             return len(read_chunk(group, plan, chunk)[1])
         except CorruptError:
-            storage.chunk_file(group / chunk.component, (chunk.chunk, chunk.layer_index, 0)).unlink(missing_ok=True)
             return 0
 
     with ThreadPoolExecutor(threads) as pool:
-        sizes = list(pool.map(size, found))
-    return {chunk: n for chunk, n in zip(found, sizes, strict=True) if n}
+        return dict(zip(found, pool.map(size, found), strict=True))
 
 
 class Partials:
     """The directory of partial files of a plan, and the notes of its parts."""
 
+    @staticmethod
+    def make_directories(directory: Path, plan: Plan) -> None:
+        """Make all directories once, so that a process that is too late for a plan can't bring them back."""
+        for one in plan.components:
+            for layer_index in range(len(plan.layers)):
+                (directory / one.name / str(layer_index)).mkdir(parents=True)
+
     def __init__(self, directory: Path, plan: Plan) -> None:
         self._directory, self._plan = directory, plan
+        self._notes_file = directory / f"notes-{uuid.uuid4().hex}.json"  # a process id may come back
         self._notes: dict[str, list[Any]] = {}
         self._lock = threading.Lock()
 
@@ -125,8 +153,8 @@ class Partials:
         return table
 
     def read(self, group: Path, chunk: ChunkId) -> MomentsTable:
-        """Return the statistics of a chunk, computed again from its bits where they are missing or not of these bits."""
-        file = storage.chunk_file(group / chunk.component, (chunk.chunk, chunk.layer_index, 0))
+        """Return the statistics of a chunk, computed again where they are missing or not of its bits."""
+        file = storage.chunk_file(group / chunk.component, grid_index(chunk))
         try:
             raw = self._file(chunk).read_bytes()
             with file.open("rb") as chunk_bytes:
@@ -142,8 +170,7 @@ class Partials:
         """Keep a note of this process beside the plan."""
         with self._lock:
             self._notes.setdefault(key, []).append(value)
-            name = f"notes-{os.uname().nodename}-{os.getpid()}.json"
-            storage.write_atomic(self._directory / name, json.dumps(self._notes, sort_keys=True).encode())
+            storage.write_atomic(self._notes_file, json.dumps(self._notes, sort_keys=True).encode(), durable=True)
 
     def notes(self) -> dict[str, list[Any]]:
         """Return the notes of all processes, sorted, each once."""

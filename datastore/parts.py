@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from datastore.errors import BusyError
+from datastore.errors import BusyError, PlanError
 from datastore.storage import write_atomic
 
-__all__ = ["Holder", "acquire", "locked", "mark_done", "release", "unfinished"]
+__all__ = ["Holder", "acquire", "locked", "mark_done", "release", "reopen", "unfinished"]
 
 
 class Holder(BaseModel):
@@ -43,8 +43,15 @@ class Holder(BaseModel):
         if self.boot_id != _boot_id():
             return False
         with suppress(psutil.Error):
-            return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.started) < 1.0
+            return same and process.status() != psutil.STATUS_ZOMBIE  # killed, and its parent has not asked yet
         return False
+
+    @property
+    def mine(self) -> bool:
+        """Whether it is this process."""
+        return self.host == socket.gethostname() and self.pid == os.getpid() and self.alive
 
 
 def _boot_id() -> str:
@@ -54,15 +61,32 @@ def _boot_id() -> str:
 
 
 @contextmanager
-def locked(directory: Path, name: str = "lock") -> Iterator[None]:
-    """Hold an exclusive file lock, which the system releases when the process dies."""
-    with (directory / name).open("w") as file:
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the plan's exclusive lock, which the system releases when the process dies.
+
+    Whoever commits holds it to the end, so that no part is begun or reopened meanwhile.
+
+    Raises
+    ------
+    PlanError
+        The plan is gone: another process committed it.
+    """
+    try:
+        file = (directory / "lock").open("w")
+    except FileNotFoundError as error:
+        raise _gone(directory) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        if not (directory.parent / "group").is_dir():
+            raise _gone(directory)
         yield
 
 
-def _record(directory: Path, part: int, parts: int) -> Path:
-    return directory / f"{part}-of-{parts}.json"
+def _gone(directory: Path) -> PlanError:
+    return PlanError(
+        f"the plan {directory.parent.name} was carried out by another process meanwhile; nothing is left to do for it, "
+        "plan again to see what is missing"
+    )
 
 
 def _holders(directory: Path) -> Iterator[tuple[Path, Holder]]:
@@ -71,13 +95,15 @@ def _holders(directory: Path) -> Iterator[tuple[Path, Holder]]:
             yield file, Holder.model_validate_json(file.read_bytes())
 
 
-def acquire(directory: Path, part: int, parts: int, *, start: int, stop: int) -> Path:
+def acquire(directory: Path, part: tuple[int, int], *, start: int, stop: int) -> Path:
     """Record this process as the holder of the tokens `[start, stop)` and return the record's file.
 
     Raises
     ------
     BusyError
         A living process holds some of these tokens; its pid and host are named.
+    PlanError
+        The plan was committed meanwhile.
     """
     with locked(directory):
         for file, other in _holders(directory):
@@ -85,14 +111,14 @@ def acquire(directory: Path, part: int, parts: int, *, start: int, stop: int) ->
                 file.unlink(missing_ok=True)
             elif max(start, other.start) < min(stop, other.stop):
                 raise BusyError(
-                    f"part {part}/{parts} of this plan is being filled by process {other.pid} on {other.host} "
+                    f"part {part[0]}/{part[1]} of this plan is being filled by process {other.pid} on {other.host} "
                     f"(part {other.part}/{other.parts}), so it is not started twice; wait for it or stop it, and if "
                     f"that process is gone from another machine, delete {file}"
                 )
         me = psutil.Process()
         holder = Holder(
-            part=part,
-            parts=parts,
+            part=part[0],
+            parts=part[1],
             start=start,
             stop=stop,
             host=socket.gethostname(),
@@ -100,13 +126,16 @@ def acquire(directory: Path, part: int, parts: int, *, start: int, stop: int) ->
             pid=os.getpid(),
             started=me.create_time(),
         )
-        write_atomic(_record(directory, part, parts), holder.model_dump_json().encode())
-    return _record(directory, part, parts)
+        record = directory / f"{part[0]}-of-{part[1]}.json"
+        write_atomic(record, holder.model_dump_json().encode())
+    return record
 
 
 def release(record: Path) -> None:
-    """Delete this process's record."""
-    record.unlink(missing_ok=True)
+    """Delete this process's record; one that another process has put in its place stays."""
+    with suppress(OSError, ValidationError):
+        if Holder.model_validate_json(record.read_bytes()).mine:
+            record.unlink(missing_ok=True)
 
 
 def mark_done(directory: Path, *, start: int, stop: int) -> None:
@@ -114,15 +143,24 @@ def mark_done(directory: Path, *, start: int, stop: int) -> None:
     write_atomic(directory / f"{start}-{stop}.done", json.dumps([start, stop]).encode(), durable=True)
 
 
+def reopen(directory: Path, *, start: int, stop: int) -> None:
+    """Take back what says that tokens of `[start, stop)` are done, because a chunk there is lost; under the lock."""
+    for file, low, high in _done(directory):
+        if max(start, low) < min(stop, high):
+            file.unlink(missing_ok=True)
+
+
+def _done(directory: Path) -> Iterator[tuple[Path, int, int]]:
+    for file in directory.glob("*.done"):
+        with suppress(ValueError, TypeError, OSError):
+            start, stop = json.loads(file.read_text())
+            yield file, int(start), int(stop)
+
+
 def unfinished(directory: Path, n_tokens: int) -> list[tuple[int, int]]:
     """Return the token ranges that no part has finished, ascending; empty when all parts are done."""
-    ranges = []
-    for file in directory.glob("*.done"):
-        with suppress(ValueError, OSError):
-            start, stop = json.loads(file.read_text())
-            ranges.append((int(start), int(stop)))
     gaps, at = [], 0
-    for start, stop in sorted(ranges):
+    for start, stop in sorted((low, high) for _, low, high in _done(directory)):
         if start > at:
             gaps.append((at, start))
         at = max(at, stop)

@@ -13,19 +13,20 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from datastore import layout, storage
 from datastore.capture_group import build_group
-from datastore.errors import ConflictError, PlanError, ReadOnlyError
+from datastore.errors import PlanError
+from datastore.partials import Partials
 from datastore.schema import Batch, Codec, ComponentSpec, Plan, Rollout, digest
-from datastore.union import Capture, Union, load_union, model_identity
+from datastore.union import Capture, Union, load_union
 
 __all__ = ["PlanFile", "lay_down", "plan", "plans_directory", "read_plan"]
 
@@ -49,6 +50,8 @@ class PlanFile(BaseModel):
     chunk_tokens: dict[str, int]
     batch_tokens: int
     statistics: bool
+    replace: bool
+    after: list[int]
     provenance: dict[str, Any]
 
     @classmethod
@@ -67,6 +70,8 @@ class PlanFile(BaseModel):
             chunk_tokens=dict(plan.chunk_tokens),
             batch_tokens=plan.batch_tokens,
             statistics=plan.statistics,
+            replace=plan.replace,
+            after=list(plan.after),
             provenance=dict(plan.provenance),
         )
 
@@ -88,6 +93,8 @@ class PlanFile(BaseModel):
             chunk_tokens=self.chunk_tokens,
             batch_tokens=self.batch_tokens,
             statistics=self.statistics,
+            replace=self.replace,
+            after=tuple(self.after),
             vocab=vocab,
             provenance=self.provenance,
         )
@@ -124,8 +131,8 @@ def plan(
 ) -> tuple[Plan, ...]:
     """Plan the capture of `rollouts` x `layers` x `components`; nothing is written.
 
-    What the store holds already is left out. One plan is a full product; where the remainder is ragged there are several.
-    Plans of the same request that are on disk unfinished come first, as they were made.
+    What the store holds already is left out. One plan is a full product; where the remainder is ragged there are
+    several. Plans of the same request that are on disk unfinished come first, as they were made.
 
     Parameters
     ----------
@@ -155,46 +162,101 @@ def plan(
     PlanError
         The request contradicts itself.
     """
-    path, provenance = Path(store), dict(provenance or {})
-    asked = _check(rollouts)
-    wanted: Cells = frozenset((c.name, layer) for c in components for layer in layers)
-    if not wanted:
-        raise PlanError("nothing is asked for: give at least one layer and one component")
-    common = {
-        "codec": codec or Codec(),
-        "batch_tokens": batch_tokens,
-        "statistics": statistics,
-        "provenance": provenance,
-    }
-    request = _request(rollouts, wanted, components, most_tokens=most_tokens, replace=replace, **common)
+    path = Path(store).resolve()
+    request = Request.of(
+        rollouts,
+        wanted=frozenset((c.name, layer) for layer in layers for c in components),
+        components=tuple(components),
+        settings={"batch_tokens": batch_tokens, "most_tokens": most_tokens, "statistics": statistics},
+        codec=codec or Codec(),
+        provenance=dict(provenance or {}),
+        vocab=dict(vocab or {}),
+        replace=replace,
+    )
+    unfinished = _unfinished(path, request)  # before the store: what is committed in between is then in both
     union = load_union(path) if _is_store(path) else Union(())
     if not replace:
-        _refuse_conflicts(union, rollouts, provenance, path)
-    unfinished = _unfinished(path, request, asked, vocab or {})
+        union.refuse_conflicts(rollouts, request.provenance, store=path)
+    committed = {capture.attrs.get("plan") for capture in union.captures}
+    unfinished = [one for one in unfinished if one.key not in committed]
     planned = {
         (r.rollout_id, c.name, n) for p in unfinished for r in p.rollouts for c in p.components for n in p.layers
     }
-    fresh = []
-    for cells, names in _products(union, asked, wanted, planned=planned, replace=replace):
-        group_layers = tuple(sorted({layer for _, layer in cells}))
-        specs = tuple(c for c in components if any(c.name == name for name, _ in cells))
-        batches = _batches(union, [asked[n] for n in names], batch_tokens, replace=replace)
-        stored = [asked[n] for b in batches for n in b.stored]
-        used = {int(i) for r in stored for i in np.unique(r.token_ids)}
-        chunks = _chunks(specs, sum(r.n_tokens for r in stored), most_tokens)
-        fresh.append(
-            Plan(
-                request=request,
-                rollouts=tuple(stored),
-                batches=batches,
-                layers=group_layers,
-                components=specs,
-                chunk_tokens=chunks,
-                vocab={i: b for i, b in sorted((vocab or {}).items()) if i in used},
-                **common,  # type: ignore[arg-type]
-            )
-        )
-    return (*unfinished, *fresh)
+    products = _products(union, request, planned)
+    return (*unfinished, *(_fresh(union, request, cells=cells, names=names) for cells, names in products))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was asked for, before what the store has is left out."""
+
+    asked: Mapping[str, Rollout]
+    wanted: Cells
+    components: tuple[ComponentSpec, ...]
+    settings: Mapping[str, Any]
+    codec: Codec
+    provenance: Mapping[str, Any]
+    vocab: Mapping[int, bytes]
+    replace: bool
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout], *, wanted: Cells, **others: Any) -> "Request":
+        """Check what is asked; rollouts are put in order of their ids, so that no order of reading files matters."""
+        if not wanted:
+            raise PlanError("nothing is asked for: give at least one layer and one component")
+        return cls(asked=dict(sorted(_check(rollouts).items())), wanted=wanted, **others)
+
+    @property
+    def key(self) -> str:
+        """Hash of all that decides what is captured and how, by which an unfinished plan is found again."""
+        asked = {
+            "rollouts": [one.sha256 for one in self.asked.values()],
+            "cells": sorted(self.wanted),
+            "components": sorted([c.name, c.width, c.dtype, c.hook] for c in self.components),
+            "codec": codec_record(self.codec),
+            "replace": self.replace,
+            "settings": self.settings,
+            "provenance": {name: self.provenance.get(name) for name in ("model", "tokenizer", "settings")},
+        }
+        return digest(asked)[:16]
+
+
+def _fresh(union: Union, request: Request, *, cells: Cells, names: Sequence[str]) -> Plan:
+    """Plan the capture of some cells of some rollouts."""
+    specs = tuple(c for c in request.components if any(c.name == name for name, _ in cells))
+    budget, most_tokens = request.settings["batch_tokens"], request.settings["most_tokens"]
+    batches = _batches(union, [request.asked[n] for n in names], budget, replace=request.replace)
+    stored = tuple(request.asked[n] for b in batches for n in b.stored)
+    return Plan(
+        request=request.key,
+        rollouts=stored,
+        batches=batches,
+        layers=tuple(sorted({layer for _, layer in cells})),
+        components=specs,
+        chunk_tokens=_chunks(specs, sum(r.n_tokens for r in stored), most_tokens),
+        batch_tokens=budget,
+        codec=request.codec,
+        vocab=_used(request, names),
+        provenance=request.provenance,
+        statistics=request.settings["statistics"],
+        replace=request.replace,
+        after=_earlier(union, cells, names),
+    )
+
+
+def _used(request: Request, names: Sequence[str]) -> dict[int, bytes]:
+    """Return the bytes of the token ids that these rollouts use."""
+    used = {int(i) for i in np.unique(np.concatenate([request.asked[name].token_ids for name in names]))}
+    return {i: text for i, text in sorted(request.vocab.items()) if i in used}
+
+
+def _earlier(union: Union, cells: Cells, names: Sequence[str]) -> tuple[int, ...]:
+    return tuple(
+        capture.number
+        for capture in union.captures
+        if any(c in capture.components and n in capture.layers for c, n in cells)
+        and any(name in capture.rows for name in names)
+    )
 
 
 def _is_store(path: Path) -> bool:
@@ -218,70 +280,22 @@ def _check(rollouts: Sequence[Rollout]) -> dict[str, Rollout]:
     return asked
 
 
-def _request(rollouts: Sequence[Rollout], wanted: Cells, components: Sequence[ComponentSpec], **settings: Any) -> str:
-    provenance = settings.pop("provenance")
-    codec = settings.pop("codec")
-    return digest(
-        {
-            "rollouts": sorted([r.rollout_id, r.token_sha256] for r in rollouts),
-            "cells": sorted(wanted),
-            "components": sorted([c.name, c.width, c.dtype, c.hook] for c in components),
-            "model": provenance.get("model"),
-            "settings": provenance.get("settings"),
-            "codec": codec_record(codec),
-            **settings,
-        }
-    )[:16]
-
-
-def _refuse_conflicts(union: Union, rollouts: Sequence[Rollout], provenance: Mapping[str, Any], path: Path) -> None:
-    known, model = set(union.rollout_ids), model_identity(provenance)
-    for one in rollouts:
-        if one.rollout_id not in known:
-            continue
-        capture, row = union.newest(one.rollout_id)
-        there = capture.token_sha256[row]
-        if there != one.token_sha256:
-            raise ConflictError(
-                f"rollout {one.rollout_id!r} is in {path} with {int(capture.counts[row])} tokens (sha256 {there[:12]}) "
-                f"and now has {one.n_tokens} tokens (sha256 {one.token_sha256[:12]}); nothing was captured, use another "
-                "id, or --replace to let the new one count"
-            )
-        if capture.model != model:
-            name = (provenance.get("model") or {}).get("name", "unknown")
-            raise ConflictError(
-                f"rollout {one.rollout_id!r} is in {path} from model {capture.model_name} and is now asked for from "
-                f"model {name} with other weights or dtype; nothing was captured, use another store, or --replace"
-            )
-
-
-def _unfinished(path: Path, request: str, asked: Mapping[str, Rollout], vocab: Mapping[int, bytes]) -> list[Plan]:
+def _unfinished(path: Path, request: Request) -> list[Plan]:
     plans = []
     for file in sorted(plans_directory(path).glob("*/plan.json")):
         with suppress(OSError, ValueError):
             record = PlanFile.model_validate_json(file.read_bytes())
-            if record.request != request:
-                continue
-            if (file.parent / "group").is_dir():
-                plans.append(record.plan(asked, vocab))
-            else:
-                storage.remove(file.parent)  # committed; the process died before it cleaned up
+            if record.request == request.key and (file.parent / "group").is_dir():
+                plans.append(record.plan(request.asked, _used(request, record.rollout_ids)))
     return plans
 
 
-def _products(
-    union: Union,
-    asked: Mapping[str, Rollout],
-    wanted: Cells,
-    *,
-    planned: set[tuple[str, str, int]],
-    replace: bool,
-) -> list[tuple[Cells, list[str]]]:
+def _products(union: Union, request: Request, planned: set[tuple[str, str, int]]) -> list[tuple[Cells, list[str]]]:
     """Split what is missing into full products of rollouts and cells."""
     missing: dict[Cells, list[str]] = {}
-    for name in asked:
-        have = set() if replace else {(c, layer) for layer, c in union.cells_of(name)}
-        rest = frozenset(cell for cell in wanted if cell not in have and (name, *cell) not in planned)
+    for name in request.asked:
+        have = set() if request.replace else {(c, layer) for layer, c in union.cells_of(name)}
+        rest = frozenset(cell for cell in request.wanted if cell not in have and (name, *cell) not in planned)
         if rest:
             missing.setdefault(rest, []).append(name)
     products = []
@@ -339,31 +353,57 @@ def lay_down(store: Path, plan: Plan) -> Path:
     Raises
     ------
     PlanError
-        The plan on disk was begun with other versions, on another device or with another number of threads.
+        The plan on disk was begun with other versions, on another device or with another number of threads; or it was
+        committed meanwhile.
     ReadOnlyError
         The directory beside the store can't be written.
     """
-    directory = plans_directory(store) / plan.key
-    if (directory / "plan.json").exists():
-        _refuse_other_environment(directory, plan)
-        return directory
+    plans = plans_directory(store)
+    directory = plans / plan.key
+    with storage.writable(plans):
+        plans.mkdir(exist_ok=True)
+        _clear_committed(plans)
+        if not (directory / "plan.json").exists():
+            _refuse_committed(store, plan)
+            _build(directory, plan)
+    _refuse_other_environment(directory, plan)
+    return directory
+
+
+def _clear_committed(plans: Path) -> None:
+    """Remove what is left of plans whose process died between publishing them and cleaning up."""
+    for file in plans.glob("*/plan.json"):
+        if not (file.parent / "group").is_dir():
+            storage.discard(file.parent)
+
+
+def _refuse_committed(store: Path, plan: Plan) -> None:
+    for number in storage.numbered(store / "captures"):
+        if storage.attributes(store / "captures" / f"{number:04d}").get("plan") == plan.key:
+            raise PlanError(
+                f"this plan was carried out already, by another process, as capture {number} of {store}; plan again to "
+                "see what is missing"
+            )
+
+
+def _build(directory: Path, plan: Plan) -> None:
     aside = directory.with_name(f"{plan.key}.{uuid.uuid4().hex}.partial")
     try:
-        aside.mkdir(parents=True)
+        aside.mkdir()
         record = PlanFile.of(plan)
         build_group(aside / "group", plan, created=record.created)
         storage.write_atomic(aside / "plan.json", record.model_dump_json().encode())
         (aside / "parts").mkdir()
+        Partials.make_directories(aside / "partials", plan)
         storage.sync_files(aside)
-        with suppress(OSError):  # another process laid the same plan down first
+        try:
             os.rename(aside, directory)
-        if not directory.is_dir():
-            os.rename(aside, directory)
-    except PermissionError as error:
-        raise ReadOnlyError(f"{aside.parent} can't be written: {error.strerror}; nothing was captured") from error
+        except OSError:
+            if not (directory / "plan.json").exists():
+                raise
+        # else another process laid the same plan down first
     finally:
         storage.remove(aside)
-    return directory
 
 
 def _refuse_other_environment(directory: Path, plan: Plan) -> None:
@@ -372,6 +412,6 @@ def _refuse_other_environment(directory: Path, plan: Plan) -> None:
     for name in sorted(then.keys() | now.keys()):
         if json.dumps(then.get(name), sort_keys=True) != json.dumps(now.get(name), sort_keys=True):
             raise PlanError(
-                f"this capture was begun with {name} {then.get(name)} and now has {now.get(name)}, so its rows would not "
-                f"be the same bits; go on with {then.get(name)}, or delete {directory} to begin anew"
+                f"this capture was begun with {name} {then.get(name)} and now has {now.get(name)}, so its rows would "
+                f"not be the same bits; go on with {then.get(name)}, or delete {directory} to begin anew"
             )

@@ -53,6 +53,12 @@ COMPONENTS = (
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 STATISTICS = ("count", "sum", "sum_squares", "sum_abs", "max_abs", "sum_unit", "nonfinite")
 CODECS = ("zstd", "lz4", "none")
+RESERVED = (
+    *("layer", "token_id", "position", "segment", "role", "turn", "thinking", "rollout"),
+    *("rollouts", "annotations", "vocab", "stats"),
+    *("token", "hidden", "row", "segment_code"),
+)
+"""Names of a capture's other arrays, groups and axes."""
 STATS_SHARE = 0.03
 """Statistics are kept per rollout where they cost at most this share of the raw data."""
 
@@ -124,8 +130,9 @@ class Rollout:
             )
         if ids.size == 0:
             raise PlanError(f"rollout {self.rollout_id!r} has 0 tokens; there is nothing to capture, leave it out")
-        if not self.rollout_id:
-            raise PlanError("a rollout has an empty rollout_id; name every rollout")
+        name: object = self.rollout_id
+        if not isinstance(name, str) or not name:
+            raise PlanError(f"a rollout is named {name!r}; rollout ids are text that is not empty, name every rollout")
         if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
             raise PlanError(f"rollout {self.rollout_id!r} has token id {ids.min()}..{ids.max()}, outside int32")
         self._set("token_ids", np.ascontiguousarray(ids, dtype=np.int32))
@@ -133,7 +140,9 @@ class Rollout:
         self._set("role", self._per_token("role", 0, np.int8))
         self._set("turn", self._per_token("turn", -1, np.int32))
         self._set("thinking", self._per_token("thinking", False, np.bool_))
+        self._set("labels", {name: self._label(name, value) for name, value in self.labels.items()})
         self._check_ranges()
+        self._check_text()
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -148,7 +157,34 @@ class Rollout:
             )
         return array
 
+    def _label(self, name: object, value: object) -> LabelValue:
+        plain = value.item() if isinstance(value, np.generic) else value
+        if not isinstance(name, str) or not name or not isinstance(plain, (str, int, float, bool)):
+            raise PlanError(
+                f"rollout {self.rollout_id!r}: label {name!r} is {value!r}; a label has a name and is text, a number "
+                "or a truth value, leave it out where it is not known"
+            )
+        return plain
+
+    def _check_text(self) -> None:
+        spans = [one.label for one in self.annotations]
+        labels = [*self.labels, *(v for v in self.labels.values() if isinstance(v, str))]
+        for text in (self.rollout_id, self.prompt_set, *self.tags, *spans, *labels):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise PlanError(
+                    f"rollout {self.rollout_id!r} has the text {text!r}, which holds half of a surrogate pair and "
+                    "can't be stored as Unicode; replace that character"
+                ) from error
+
     def _check_ranges(self) -> None:
+        codes = np.asarray(self.role)
+        if not 0 <= codes.min() <= codes.max() < len(ROLES):
+            raise PlanError(
+                f"rollout {self.rollout_id!r} has role codes {codes.min()}..{codes.max()}, and there are only 0 to "
+                f"{len(ROLES) - 1} ({', '.join(ROLES)})"
+            )
         if not 0 <= self.prompt_end <= self.n_tokens:
             raise PlanError(
                 f"rollout {self.rollout_id!r}: prompt_end {self.prompt_end} is outside 0..{self.n_tokens} tokens"
@@ -175,6 +211,14 @@ class Rollout:
         """Hash of the token ids as little-endian int32."""
         return hashlib.sha256(self.token_ids.astype("<i4").tobytes()).hexdigest()
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the token ids and of everything that is known of them."""
+        per_token = [np.asarray(a).tobytes() for a in (self.role, self.turn, self.thinking)]
+        spans = [[one.token_start, one.token_end, one.label] for one in self.annotations]
+        known = [self.rollout_id, self.token_sha256, self.prompt_end, self.labels, spans, self.tags, self.prompt_set]
+        return digest([known, hashlib.sha256(b"".join(per_token)).hexdigest()])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentSpec:
@@ -186,8 +230,10 @@ class ComponentSpec:
     hook: str = ""
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier():
+        if not self.name.isidentifier() or not self.name.isascii():
             raise PlanError(f"component {self.name!r} is not a name; use letters, digits and underscores")
+        if self.name in RESERVED:
+            raise PlanError(f"component {self.name!r} has the name of something else in a capture; give it another")
         if self.width < 1:
             raise PlanError(f"component {self.name} has width {self.width}; it must be at least 1")
         if self.dtype not in DTYPES:
@@ -265,6 +311,11 @@ class Plan:
         Hash of what was asked, before what the store had was left out.
     statistics : bool
         Keep statistics and token norms.
+    replace : bool
+        Captured again on purpose: the capture may hold other tokens or another model than the store.
+    after : tuple of int
+        Captures that held some of these cells when the plan was made, dropped or not: doing the same once more after
+        them is another plan.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -278,6 +329,8 @@ class Plan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     request: str = ""
     statistics: bool = True
+    replace: bool = False
+    after: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         ids = [r.rollout_id for r in self.rollouts]
@@ -291,6 +344,9 @@ class Plan:
         names = [c.name for c in self.components]
         if not names or len(set(names)) < len(names):
             raise PlanError(f"components {names} must be at least one, each once")
+        sizes = {name: self.chunk_tokens.get(name, 0) for name in names}
+        if any(n < 1 or n & (n - 1) for n in sizes.values()):
+            raise PlanError(f"chunks of {sizes} tokens do not tile the token axis; give each component a power of two")
         self._check_batches(ids)
 
     def _check_batches(self, ids: list[str]) -> None:
@@ -355,8 +411,11 @@ class Plan:
         return digest(
             {
                 "request": self.request,
-                "rollouts": [[r.rollout_id, r.token_sha256] for r in self.rollouts],
-                "batches": [b.members for b in self.batches],
+                "rollouts": [r.sha256 for r in self.rollouts],
+                "batches": [[b.members, {n: i.tolist() for n, i in b.company.items()}] for b in self.batches],
+                "batch_tokens": self.batch_tokens,
+                "after": self.after,
+                "replace": self.replace,
                 "layers": self.layers,
                 "components": [[c.name, c.width, c.dtype, c.hook] for c in self.components],
                 "codec": [self.codec.name, self.codec.level, self.codec.blocksize],

@@ -1,19 +1,21 @@
 """The only file that touches Zarr: create a store and a capture's group, read small arrays, write chunks, rename, sync.
 
-Everything appears whole: groups are built aside and renamed, chunks go through zarr-python's local store, which writes a
-temporary name and renames it. Nothing here knows what a plan or a rollout means beyond the arrays that hold it.
+Everything appears whole: groups are built aside and renamed, chunks go through zarr-python's local store, which writes
+a temporary name and renames it. Nothing here knows what a plan or a rollout means beyond the arrays that hold it.
 """
 
 import ctypes
+import errno
 import json
 import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -25,27 +27,40 @@ from zarr.storage import LocalStore
 
 from datastore.codec import zarr_codecs
 from datastore.dtype import register, zarr_dtype
-from datastore.errors import CorruptError, DatastoreError, NewerFormatError, NotAStoreError, ReadOnlyError
+from datastore.errors import (
+    CorruptError,
+    DatastoreError,
+    MisuseError,
+    NewerFormatError,
+    NotAStoreError,
+    ReadOnlyError,
+)
 from datastore.schema import FORMAT, FORMAT_VERSION, Codec
 
 __all__ = [
     "ROOT_GROUPS",
     "array_metadata",
     "attributes",
+    "check_writable",
     "chunk_file",
+    "chunk_size",
+    "clear_leftovers",
     "consolidate",
     "create_array",
     "create_group",
     "create_root",
+    "discard",
     "free_bytes",
     "numbered",
     "open_root",
     "publish",
     "read_array",
+    "read_region",
     "remove",
     "set_attributes",
     "sync_file",
     "sync_files",
+    "writable",
     "write_array",
     "write_atomic",
     "write_chunk",
@@ -75,7 +90,7 @@ def open_root(path: Path) -> None:
         root = json.loads((path / "zarr.json").read_text())
     except (OSError, ValueError):
         root = {}
-    found = root.get("attributes", {}) if isinstance(root, dict) else {}
+    found = (root.get("attributes") if isinstance(root, dict) else None) or {}
     if found.get("format") != FORMAT:
         raise NotAStoreError(
             f"{path} exists and is not an activation store (its zarr.json does not name the format {FORMAT!r}); "
@@ -104,21 +119,58 @@ def create_root(path: Path) -> None:
         return
     aside = path.parent / f"{path.name}.{uuid.uuid4().hex}.partial"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        create_group(aside, {"format": FORMAT, "version": FORMAT_VERSION})
-        for name in ROOT_GROUPS:
-            create_group(aside / name, {})
-        sync_files(aside)
-        os.rename(aside, path)
-        sync_file(path.parent)
-    except PermissionError as error:
-        raise ReadOnlyError(f"{path} can't be created: {error.strerror}; choose a place you can write to") from error
+        with writable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            create_group(aside, {"format": FORMAT, "version": FORMAT_VERSION})
+            for name in ROOT_GROUPS:
+                create_group(aside / name, {})
+            sync_files(aside)
+            os.rename(aside, path)
+            sync_file(path.parent)
     except OSError:
         if not path.is_dir():
             raise
         open_root(path)  # another process created it first
     finally:
         remove(aside)
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write below `path` into a `ReadOnlyError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise ReadOnlyError(
+            f"{path} can't be written ({error.strerror}: {error.filename}), so nothing was captured; choose a place "
+            "that you may write to, or change its permissions"
+        ) from error
+
+
+def check_writable(store: Path, plans: Path) -> None:
+    """Check before any work that a capture can be filled beside the store and renamed into it.
+
+    Raises
+    ------
+    ReadOnlyError
+        One of the two directories can't be written.
+    MisuseError
+        They lie on different file systems, so that no rename can publish a capture.
+    """
+    captures = store / "captures"
+    for place in (captures, plans):
+        if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+            raise ReadOnlyError(
+                f"{place} can't be written by this user, so no capture could be committed; nothing was begun, change "
+                "its permissions, or choose another place for the store"
+            )
+    if captures.stat().st_dev != plans.stat().st_dev:
+        raise MisuseError(
+            f"{captures} and {plans} are on different file systems, so a capture could not be renamed into the store; "
+            "choose a path for the store that is not a mount point itself"
+        )
 
 
 def create_group(path: Path, attrs: Mapping[str, Any]) -> None:
@@ -193,7 +245,7 @@ def write_array(
         zarr_array(path, mode="r+")[...] = values.astype(object) if text else values
 
 
-def zarr_array(path: Path, mode: str = "r") -> zarr.Array[Any]:
+def zarr_array(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Array[Any]:
     """Open one array by its own zarr.json, with all chunks written, also those that equal the fill value."""
     try:
         array = zarr.open_array(LocalStore(path), mode=mode)
@@ -220,6 +272,27 @@ def read_array(path: Path) -> NDArray[Any]:
         raise CorruptError(f"{path} does not decode ({error}); what it holds is lost") from error
 
 
+def read_region(path: Path, region: Sequence[slice]) -> NDArray[Any]:
+    """Read part of an array: one slice with start and stop for each axis.
+
+    Raises
+    ------
+    CorruptError
+        A chunk of it is missing or does not decode: absent is never read as the fill value.
+    """
+    array = zarr_array(path)
+    sizes = array.shards or array.chunks
+    grid = [range(part.start // size, -(-part.stop // size)) for part, size in zip(region, sizes, strict=True)]
+    for index in product(*grid):
+        file = path / array.metadata.encode_chunk_key(index)
+        if not file.is_file():
+            raise CorruptError(f"{file} is missing; what it holds is lost")
+    try:
+        return np.asarray(array[tuple(region)])
+    except Exception as error:
+        raise CorruptError(f"{path} does not decode ({error}); what it holds is lost") from error
+
+
 def chunk_file(array: Path, index: Sequence[int]) -> Path:
     """Return the file of the chunk at grid position `index` (Zarr v3 default chunk key encoding)."""
     return array.joinpath("c", *(str(i) for i in index))
@@ -232,8 +305,10 @@ def write_chunk(array: Path, index: Sequence[int], encoded: bytes) -> None:
 
 
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
-    """Write a file under a temporary name beside it and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file under a temporary name beside it and rename it.
+
+    Its directory must be there: a process that is too late for a plan must not bring the plan's directory back.
+    """
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with aside.open("wb") as file:
@@ -265,21 +340,35 @@ def consolidate(path: Path) -> None:
     write_atomic(file, json.dumps(meta, indent=2).encode())
 
 
-def sync_files(path: Path) -> None:
-    """Bring everything written on the file system of `path` to disk: one syncfs, not an fsync a chunk."""
-    with suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None, use_errno=True)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            if libc.syncfs(descriptor) == 0:
-                return
+def sync_files(path: Path, descriptor: int | None = None) -> None:
+    """Bring everything written on the file system of `path` to disk: one syncfs, not an fsync a chunk.
+
+    Parameters
+    ----------
+    path : Path
+        Any file or directory there.
+    descriptor : int, optional
+        Of `path`, opened before the writes: the kernel reports a failed write-back only to descriptors older than it.
+
+    Raises
+    ------
+    DatastoreError
+        Something could not be written.
+    """
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:
+        os.sync()
+        return
+    opened = os.open(path, os.O_RDONLY) if descriptor is None else descriptor
+    try:
+        if syncfs(opened) != 0:
             raise DatastoreError(
                 f"{path} could not be brought to disk: {os.strerror(ctypes.get_errno())}; "
                 "nothing was committed, run the same command again once the disk is well"
             )
-        finally:
-            os.close(descriptor)
-    os.sync()
+    finally:
+        if descriptor is None:
+            os.close(opened)
 
 
 def sync_file(path: Path) -> None:
@@ -300,12 +389,13 @@ def numbered(path: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def publish(aside: Path, into: Path) -> int:
+def publish(aside: Path, into: Path, *, above: int = 0) -> int:
     """Rename a complete, synced group to the next free number under `into` and return the number.
 
-    A rename onto a number that another process took first fails, because that directory is not empty; the next is tried.
+    A rename onto a number that another process took first fails, because that directory is not empty; the next is
+    tried. `above` is a number that was in use once and must not come back.
     """
-    number = (numbered(into) or [0])[-1] + 1
+    number = max([above, *numbered(into)]) + 1
     while True:
         target = into / f"{number:04d}"
         try:
@@ -322,6 +412,30 @@ def publish(aside: Path, into: Path) -> int:
 def remove(path: Path) -> None:
     """Delete a directory that no reader can see, if it is there."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Delete a directory that other processes look for, under another name, so that none finds half of it."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    with suppress(FileNotFoundError):
+        os.rename(path, aside)
+    remove(aside)
+
+
+def chunk_size(array: Path, index: Sequence[int]) -> int:
+    """Return the stored bytes of a chunk, 0 where it is not there."""
+    try:
+        return chunk_file(array, index).stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Delete the temporary files that killed processes left in one directory."""
+    with suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            if name.endswith(".partial"):
+                (directory / name).unlink(missing_ok=True)
 
 
 def free_bytes(path: Path) -> int:

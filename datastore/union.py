@@ -1,7 +1,8 @@
 """Which capture counts for each (rollout, layer, component): the store as the union of its captures.
 
 Where two captures hold the same cell the higher number counts; what `dropped/` names no longer counts for the captures
-it was written against.
+it was written against. A rollout has one row of tokens and one model: those of the newest capture of which anything
+counts, and what older captures hold of it from other tokens or another model no longer counts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datastore.errors import AbsentError, CorruptError
+from datastore.errors import AbsentError, ConflictError, CorruptError
 from datastore.layout import Ragged
-from datastore.schema import ComponentSpec, digest
+from datastore.schema import ComponentSpec, Rollout, digest
 from datastore.storage import attributes, numbered, read_array
 
 __all__ = ["Capture", "Cell", "Drop", "Union", "load_capture", "load_drops", "load_union", "model_identity"]
@@ -149,20 +150,22 @@ class Union:
     def __post_init__(self) -> None:
         for capture in reversed(self.captures):
             for row, name in enumerate(capture.rollout_ids):
-                self._holders.setdefault(name, []).append((capture, row))
+                if self.drops and not self._counts(capture, name):
+                    continue
+                holders = self._holders.setdefault(name, [])
+                if not holders or _same(holders[0], (capture, row)):
+                    holders.append((capture, row))
 
     @cached_property
     def rollout_ids(self) -> tuple[str, ...]:
         """Rollouts of which anything still counts, in order of first capture."""
         order = dict.fromkeys(name for capture in self.captures for name in capture.rollout_ids)
-        return tuple(name for name in order if not self.drops or self.cells_of(name))
+        return tuple(name for name in order if name in self._holders)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """All layer numbers that count anywhere, ascending."""
-        if not self.drops:
-            return tuple(sorted({layer for capture in self.captures for layer in capture.layers}))
-        return tuple(sorted({layer for name in self.rollout_ids for layer, _ in self.cells_of(name)}))
+        return tuple(sorted({layer for layer, _ in self._counted}))
 
     @cached_property
     def components(self) -> dict[str, ComponentSpec]:
@@ -170,17 +173,33 @@ class Union:
         found: dict[str, ComponentSpec] = {}
         for capture in self.captures:
             found |= capture.components
-        if not self.drops:
-            return found
-        counted = {component for name in self.rollout_ids for _, component in self.cells_of(name)}
+        counted = {component for _, component in self._counted}
         return {name: one for name, one in found.items() if name in counted}
+
+    @cached_property
+    def _counted(self) -> set[tuple[int, str]]:
+        """(layer, component) of which anything counts."""
+        if self.drops:
+            return {cell for name in self._holders for cell in self.cells_of(name)}
+        held = {id(capture): capture for holders in self._holders.values() for capture, _ in holders}
+        return {(layer, name) for capture in held.values() for layer in capture.layers for name in capture.components}
 
     def newest(self, rollout_id: str) -> tuple[Capture, int]:
         """Return the newest capture that names the rollout, and its row there."""
-        for capture, row in self._holders.get(rollout_id, ()):
-            if not self.drops or self._counts(capture, rollout_id):
-                return capture, row
+        for holder in self._holders.get(rollout_id, ()):
+            return holder
         raise AbsentError(f"rollout {rollout_id!r} is not in the store, which holds {_some(self.rollout_ids)}")
+
+    def _current(self, rollout_id: str) -> Sequence[tuple[Capture, int]]:
+        """Holders with the tokens and model of the newest: once replaced, the rows of other tokens no longer count."""
+        holders = self._holders.get(rollout_id, [])
+        if len(holders) < 2:
+            return holders
+        newest = next(((c, row) for c, row in holders if not self.drops or self._counts(c, rollout_id)), None)
+        if newest is None:
+            return []
+        tokens, model = newest[0].token_sha256[newest[1]], newest[0].model
+        return [(c, row) for c, row in holders if c.token_sha256[row] == tokens and c.model == model]
 
     def _counts(self, capture: Capture, rollout_id: str) -> bool:
         return any(
@@ -194,17 +213,46 @@ class Union:
 
     def tokens(self, rollout_id: str, token_sha256: str) -> NDArray[np.int32] | None:
         """Return a rollout's token ids from any capture that holds them with this hash."""
-        for capture, row in self._holders.get(rollout_id, ()):
-            if capture.token_sha256[row] == token_sha256:
+        for capture in self.captures:
+            row = capture.rows.get(rollout_id)
+            if row is not None and capture.token_sha256[row] == token_sha256:
                 return capture.tokens(rollout_id)
         return None
 
+    def refuse_conflicts(self, rollouts: Iterable[Rollout], provenance: Mapping[str, Any], *, store: Path) -> None:
+        """Check that rollouts which are there have the same tokens and come from the same model.
+
+        Raises
+        ------
+        ConflictError
+            One does not; it is named with both.
+        """
+        model = model_identity(provenance)
+        for one in rollouts:
+            if one.rollout_id not in self._holders:
+                continue
+            capture, row = self.newest(one.rollout_id)
+            there = capture.token_sha256[row]
+            if there != one.token_sha256:
+                raise ConflictError(
+                    f"rollout {one.rollout_id!r} is in {store} with {int(capture.counts[row])} tokens (sha256 "
+                    f"{there[:12]}) and now has {one.n_tokens} tokens (sha256 {one.token_sha256[:12]}); nothing was "
+                    "captured, use another id, or --replace to let the new one count"
+                )
+            if capture.model != model:
+                name = (provenance.get("model") or {}).get("name", "unknown")
+                raise ConflictError(
+                    f"rollout {one.rollout_id!r} is in {store} from model {capture.model_name} and is now asked for "
+                    f"from model {name} with other weights or dtype; nothing was captured, use another store, or "
+                    "--replace to let the new one count"
+                )
+
     def find(self, component: str, layer: int, rollout_id: str) -> Cell | None:
         """Return where the cell is, or None where it is not captured."""
-        for capture, row in self._holders.get(rollout_id, ()):
-            if component in capture.components and layer in capture.layers:
-                if not self._dropped(capture, rollout_id, layer=layer, component=component):
-                    return Cell(capture, row)
+        for capture, row in self._current(rollout_id):
+            held = component in capture.components and layer in capture.layers
+            if held and not self._dropped(capture, rollout_id, layer=layer, component=component):
+                return Cell(capture, row)
         return None
 
     def cell(self, component: str, layer: int, rollout_id: str) -> Cell:
@@ -224,7 +272,7 @@ class Union:
         """Return the (layer, component) pairs captured for a rollout."""
         return {
             (layer, component)
-            for capture, _ in self._holders.get(rollout_id, ())
+            for capture, _ in self._current(rollout_id)
             for layer in capture.layers
             for component in capture.components
             if not self._dropped(capture, rollout_id, layer=layer, component=component)
@@ -243,6 +291,11 @@ class Union:
             f"{component} at layer {layer} of rollout {rollout_id!r} is not captured; captured for it: "
             f"{there or 'nothing'}; capture it to add it to the store"
         )
+
+
+def _same(a: tuple[Capture, int], b: tuple[Capture, int]) -> bool:
+    """Whether two captures hold the same tokens of the same model in these rows."""
+    return a[0].token_sha256[a[1]] == b[0].token_sha256[b[1]] and a[0].model == b[0].model
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:
@@ -274,10 +327,10 @@ def load_capture(path: Path, number: int) -> Capture:
     )
 
 
-def load_drops(path: Path) -> list[Drop]:
-    """Read what no longer counts."""
+def load_drops(path: Path, numbers: Iterable[int] | None = None) -> list[Drop]:
+    """Read what no longer counts: all records, or those of the numbers given."""
     drops = []
-    for number in numbered(path / "dropped"):
+    for number in numbered(path / "dropped") if numbers is None else numbers:
         for one in attributes(path / "dropped" / f"{number:04d}").get("dropped", []):
             drops.append(
                 Drop(

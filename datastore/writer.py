@@ -1,29 +1,30 @@
 """Fill a plan and commit it: rows in any order, whole chunks assembled in bounded memory, one rename at the end.
 
-A chunk is written whole, its partial statistics after it, both under temporary names that are then renamed. So a process
-may die on any line: the next one rechecks the chunks that are there, and goes on.
+A chunk is written whole, its partial statistics after it, both under temporary names that are then renamed. So a
+process may die on any line: the next one rechecks the chunks that are there, and goes on.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 from numpy.typing import NDArray
 
 from datastore import layout, parts, storage
+from datastore.assembly import Assembly, OpenChunk, bits
 from datastore.codec import encode
 from datastore.commit import Combiner, commit_group
 from datastore.dtype import numpy_dtype
 from datastore.errors import DatastoreError, PlanError
-from datastore.partials import ChunkId, Partials, finished_chunks
-from datastore.planning import lay_down
+from datastore.partials import ChunkId, Partials, chunks_within, finished_chunks, grid_index
+from datastore.planning import lay_down, plans_directory
 from datastore.schema import Batch, Plan
 
 __all__ = ["Progress", "Writer", "create"]
@@ -38,23 +39,6 @@ class Progress:
     raw_bytes: int
     raw_bytes_total: int
     stored_bytes: int
-
-
-class _OpenChunk:
-    """A chunk in memory whose rows are not all there yet."""
-
-    __slots__ = ("filled", "rows", "values")
-
-    def __init__(self, values: NDArray[Any], rows: int) -> None:
-        self.values = values
-        self.rows = rows
-        self.filled = np.zeros(rows, dtype=np.bool_)
-        if rows < len(values):
-            values[rows:] = np.nan  # Zarr stores a last chunk whole; its tail holds the fill value
-
-    @property
-    def complete(self) -> bool:
-        return bool(self.filled.all())
 
 
 def create(
@@ -76,7 +60,8 @@ def create(
     part : (int, int)
         Fill part i of N only (1-based).
     memory : int
-        Bytes of raw chunks held at most; rows beyond it wait on disk or hold up `put`.
+        Bytes held at most: open chunks, and what compressing and counting them takes. Complete chunks that wait beyond
+        it hold up `put`, open ones are put aside on disk. One chunk and one thread are always allowed.
     threads : int, optional
         Threads that compress and write; default the CPUs of this process.
 
@@ -85,11 +70,14 @@ def create(
     BusyError
         A living process fills some of the same tokens of the same plan.
     NotAStoreError, NewerFormatError, ReadOnlyError, PlanError
-        The path or the plan can't be used.
+        The path or the plan can't be used, or the plan was carried out already.
     """
-    store = Path(path)
+    if threads is not None and threads < 1:
+        raise PlanError(f"{threads} threads write nothing; give at least 1, or leave it out for one per CPU")
+    store = Path(path).resolve()
     storage.create_root(store)
     directory = lay_down(store, plan)
+    storage.check_writable(store, plans_directory(store))
     return Writer(store, directory, plan, part=part, memory=memory, threads=threads)
 
 
@@ -106,25 +94,47 @@ class Writer:
         self.plan = plan
         self._store, self._directory, self._group = store, directory, directory / "group"
         self._start, self._stop = layout.part_range(*part, n_tokens=plan.n_tokens, stride=plan.stride)
-        self._record = parts.acquire(directory / "parts", *part, start=self._start, stop=self._stop)
-        self._workers = threads or len(os.sched_getaffinity(0))
+        record = parts.acquire(directory / "parts", part, start=self._start, stop=self._stop)
+        self._release = weakref.finalize(self, parts.release, record)
+        largest = max(plan.chunk_tokens[c.name] * c.width * c.itemsize for c in plan.components)
+        self._workers = max(1, min(threads or len(os.sched_getaffinity(0)), memory // (4 * largest)))
         self._memory = memory
         self._partials = Partials(directory / "partials", plan)
         self._layer_index = {layer: i for i, layer in enumerate(plan.layers)}
-        self._open: dict[ChunkId, _OpenChunk] = {}
-        self._spilled: dict[ChunkId, NDArray[np.bool_]] = {}
-        self._free: dict[str, list[NDArray[Any]]] = {c.name: [] for c in plan.components}
-        self._room = Condition()
-        self._busy_bytes = 0
+        self._dtypes = {c.name: numpy_dtype(c.dtype) for c in plan.components}
         self._failure: BaseException | None = None
+        self._count = Lock()
+        self._assembly = Assembly(
+            plan,
+            directory / f"spill-{self._start}",
+            allowance=memory - 2 * largest * self._workers,
+            check=self._raise_failure,
+        )
+        self._total = sum(1 for _ in chunks_within(plan, self.tokens))
+        self._disk = os.open(directory, os.O_RDONLY)
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="datastore-write")
         try:
-            storage.remove(directory / f"spill-{self._start}")
-            self._done = finished_chunks(self._group, plan, (self._start, self._stop), threads=self._workers)
+            self._take_stock()
         except BaseException:
             self.close()
             raise
-        self._stored_bytes = sum(self._done.values())
+
+    def _take_stock(self) -> None:
+        """Find what earlier processes finished, and remove what they left unfinished or what does not decode."""
+        for spilled in self._directory.glob("spill-*"):
+            if self._start <= int(spilled.name.removeprefix("spill-")) < self._stop:
+                storage.remove(spilled)
+        found = finished_chunks(self._group, self.plan, self.tokens, threads=self._workers)
+        whole = {chunk: size for chunk, size in found.items() if size}
+        if len(whole) < self._total:
+            with parts.locked(self._directory / "parts"):
+                parts.reopen(self._directory / "parts", start=self._start, stop=self._stop)
+                for chunk in found.keys() - whole.keys():
+                    storage.chunk_file(self._group / chunk.component, grid_index(chunk)).unlink(missing_ok=True)
+        self._taken = set(whole)
+        self._written = len(whole)
+        self._raw_bytes = sum(self._raw(chunk) for chunk in whole)
+        self._stored_bytes = sum(whole.values())
 
     # -- what is to do ---------------------------------------------------------------------------------------------
 
@@ -137,7 +147,7 @@ class Writer:
         """Whether any row of the rollout lies in a chunk that this part still has to write."""
         start, stop = self.plan.ragged.range(self.plan.rows[rollout_id])
         return any(
-            chunk not in self._done
+            chunk not in self._taken
             for one in self.plan.components
             for index in layout.chunks_of(
                 max(start, self._start), min(stop, self._stop), self.plan.chunk_tokens[one.name]
@@ -160,22 +170,15 @@ class Writer:
 
     def progress(self) -> Progress:
         """Return what is finished of this part."""
-        totals = self._all_chunks()
-        return Progress(
-            chunks=len(self._done),
-            chunks_total=len(totals),
-            raw_bytes=sum(self._raw(c) for c in list(self._done)),
-            raw_bytes_total=sum(self._raw(c) for c in totals),
-            stored_bytes=self._stored_bytes,
-        )
-
-    def _all_chunks(self) -> list[ChunkId]:
-        return [
-            ChunkId(one.name, i, index)
-            for one in self.plan.components
-            for i in range(len(self.plan.layers))
-            for index in layout.chunks_of(self._start, self._stop, self.plan.chunk_tokens[one.name])
-        ]
+        width = sum(c.width * c.itemsize for c in self.plan.components)
+        with self._count:
+            return Progress(
+                chunks=self._written,
+                chunks_total=self._total,
+                raw_bytes=self._raw_bytes,
+                raw_bytes_total=(self._stop - self._start) * len(self.plan.layers) * width,
+                stored_bytes=self._stored_bytes,
+            )
 
     def _raw(self, chunk: ChunkId) -> int:
         one = self.plan.component(chunk.component)
@@ -186,6 +189,8 @@ class Writer:
 
     def put(self, component: str, layer: int, rollout_id: str, values: NDArray[Any], *, start: int = 0) -> None:
         """Give rows of one rollout, in any order; rows of other parts and of finished chunks are ignored.
+
+        Called by one thread at a time.
 
         Parameters
         ----------
@@ -203,28 +208,31 @@ class Writer:
         DatastoreError
             A chunk could not be written; what is finished is kept.
         """
-        first = self._check(component, layer, rollout_id, values, start)
-        size = self.plan.chunk_tokens[component]
+        first = self._check(component, layer, rollout_id, values=values, start=start)
+        size, rows = self.plan.chunk_tokens[component], bits(values)
         begin, end = max(first, self._start), min(first + len(values), self._stop)
-        for index in layout.chunks_of(begin, end, size):
-            chunk = ChunkId(component, self._layer_index[layer], index)
-            if chunk in self._done:
-                continue
-            low, high = layout.chunk_range(index, size, self.plan.n_tokens)
-            a, b = max(begin, low), min(end, high)
-            one = self._opened(chunk, high - low)
-            one.values[a - low : b - low] = values[a - first : b - first]
-            one.filled[a - low : b - low] = True
-            if one.complete:
-                self._submit(chunk, self._open.pop(chunk))
+        self._raise_failure()
+        with self._disk_errors():
+            for index in layout.chunks_of(begin, end, size):
+                chunk = ChunkId(component, self._layer_index[layer], index)
+                if chunk in self._taken:
+                    continue
+                low, high = layout.chunk_range(index, size, self.plan.n_tokens)
+                a, b = max(begin, low), min(end, high)
+                one = self._assembly.open(chunk, high - low)
+                bits(one.values)[a - low : b - low] = rows[a - first : b - first]
+                one.filled[a - low : b - low] = True
+                if one.complete:
+                    self._taken.add(chunk)
+                    self._pool.submit(self._write, chunk, self._assembly.take(chunk))
 
-    def _check(self, component: str, layer: int, rollout_id: str, values: NDArray[Any], start: int) -> int:
+    def _check(self, component: str, layer: int, rollout_id: str, *, values: NDArray[Any], start: int) -> int:
         spec = self.plan.component(component)
         if layer not in self._layer_index:
             raise PlanError(f"layer {layer} is not in this plan, which has layers {list(self.plan.layers)}")
         if rollout_id not in self.plan.rows:
             raise PlanError(f"rollout {rollout_id!r} is not in this plan of {len(self.plan.rollouts)} rollouts")
-        if values.dtype != numpy_dtype(spec.dtype):
+        if values.dtype != self._dtypes[component]:
             raise PlanError(
                 f"{component} of rollout {rollout_id!r} is {values.dtype} and the plan stores {spec.dtype}; values are "
                 "never cast, plan the dtype that the model computes in"
@@ -237,110 +245,47 @@ class Writer:
             )
         return first + start
 
-    def _opened(self, chunk: ChunkId, rows: int) -> _OpenChunk:
-        if chunk not in self._open:
-            self._make_room(chunk.component)
-            with self._room:
-                free = self._free[chunk.component]
-                values = free.pop() if free else self._new_buffer(chunk.component)
-            self._open[chunk] = _OpenChunk(values, rows)
-            if chunk in self._spilled:
-                self._unspill(chunk)
-        return self._open[chunk]
-
-    def _new_buffer(self, component: str) -> NDArray[Any]:
-        spec = self.plan.component(component)
-        return np.empty((self.plan.chunk_tokens[component], spec.width), dtype=numpy_dtype(spec.dtype))
-
-    def _buffer_bytes(self, component: str) -> int:
-        spec = self.plan.component(component)
-        return self.plan.chunk_tokens[component] * spec.width * spec.itemsize
-
-    # -- bounded memory --------------------------------------------------------------------------------------------
-
-    def _held_bytes(self) -> int:
-        return self._busy_bytes + sum(self._buffer_bytes(c.component) for c in self._open)
-
-    def _make_room(self, component: str) -> None:
-        """Wait for chunks being written, then put open chunks on disk, until one more buffer is within the allowance.
-
-        Half of the allowance is for what compression and statistics need beside the raw chunks.
-        """
-        need, allowance = self._buffer_bytes(component), self._memory // 2
-        with self._room:
-            self._raise_failure()
-            while self._held_bytes() + need > allowance and self._busy_bytes:
-                self._room.wait()
-                self._raise_failure()
-        while self._open and self._held_bytes() + need > allowance:
-            self._spill(next(iter(self._open)))
-
-    def _spill(self, chunk: ChunkId) -> None:
-        one = self._open.pop(chunk)
-        file = self._spill_file(chunk)
-        file.parent.mkdir(exist_ok=True)
-        one.values.view(np.uint8).tofile(file)
-        self._spilled[chunk] = one.filled
-        self._recycle(chunk.component, one.values)
-
-    def _unspill(self, chunk: ChunkId) -> None:
-        one, file = self._open[chunk], self._spill_file(chunk)
-        one.values.view(np.uint8)[...] = np.fromfile(file, dtype=np.uint8).reshape(len(one.values), -1)
-        one.filled = self._spilled.pop(chunk)
-        file.unlink()
-
-    def _spill_file(self, chunk: ChunkId) -> Path:
-        directory = self._directory / f"spill-{self._start}"
-        return directory / f"{chunk.component}-{chunk.layer_index}-{chunk.chunk}"
-
-    def _recycle(self, component: str, values: NDArray[Any]) -> None:
-        with self._room:
-            if len(self._free[component]) <= self._workers:
-                self._free[component].append(values)
-
     # -- chunks out ------------------------------------------------------------------------------------------------
 
-    def _submit(self, chunk: ChunkId, one: _OpenChunk) -> None:
-        self._done[chunk] = 0
-        with self._room:
-            self._busy_bytes += self._buffer_bytes(chunk.component)
-        self._pool.submit(self._write, chunk, one)
-
-    def _write(self, chunk: ChunkId, one: _OpenChunk) -> None:
+    def _write(self, chunk: ChunkId, one: OpenChunk) -> None:
         try:
             encoded = encode(one.values, self.plan.codec)
-            storage.write_chunk(self._group / chunk.component, (chunk.chunk, chunk.layer_index, 0), encoded)
+            storage.write_chunk(self._group / chunk.component, grid_index(chunk), encoded)
             if self.plan.statistics:
                 self._partials.write(chunk, one.values[: one.rows], encoded)
-            with self._room:
-                self._done[chunk] = len(encoded)
+            with self._count:
+                self._written += 1
+                self._raw_bytes += self._raw(chunk)
                 self._stored_bytes += len(encoded)
         except BaseException as error:
             self._failure = self._failure or error
         finally:
-            self._recycle(chunk.component, one.values)
-            with self._room:
-                self._busy_bytes -= self._buffer_bytes(chunk.component)
-                self._room.notify_all()
+            self._assembly.give_back(chunk, one)
 
     def _raise_failure(self) -> None:
         if self._failure is None:
             return
-        if isinstance(self._failure, OSError):
-            left = self.plan.raw_bytes - sum(self._raw(c) for c, n in self._done.items() if n)
+        with self._disk_errors():
+            raise self._failure
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Say of an error of the disk what is kept, and how much room the rest needs."""
+        try:
+            yield
+        except OSError as error:
+            done = self.progress()
+            left = done.raw_bytes_total - done.raw_bytes
+            free = storage.free_bytes(self._store)
             raise DatastoreError(
-                f"a chunk could not be written to {self._store}: {self._failure.strerror or self._failure}; about "
-                f"{left / 1e9:.3g} GB before compression are still to write and {storage.free_bytes(self._store) / 1e9:.3g} "
-                "GB are free, what is finished is kept, run the same command again to go on"
-            ) from self._failure
-        raise self._failure
+                f"{error.filename or self._store} could not be written ({error.strerror or error}): {left:,} bytes "
+                f"before compression are still to write and {free:,} are free; what is finished is kept, make room and "
+                "run the same command again to go on"
+            ) from error
 
     def flush(self) -> None:
         """Wait until every complete chunk is written."""
-        with self._room:
-            while self._busy_bytes and self._failure is None:
-                self._room.wait()
-            self._raise_failure()
+        self._assembly.wait()
 
     # -- commit ----------------------------------------------------------------------------------------------------
 
@@ -366,16 +311,13 @@ class Writer:
             Rows of this part are missing.
         """
         self.flush()
-        missing = [c for c in self._all_chunks() if c not in self._done]
+        missing = [c for c in chunks_within(self.plan, self.tokens) if c not in self._taken]
         if missing:
             raise PlanError(self._what_is_missing(missing))
-        storage.sync_files(self._directory)
-        parts.mark_done(self._directory / "parts", start=self._start, stop=self._stop)
-        if parts.unfinished(self._directory / "parts", self.plan.n_tokens):
-            self.close()
-            return None
-        combiner = Combiner(self.plan, self._group, self._partials, threads=self._workers)
-        number = commit_group(self._store, self._directory, self.plan, combiner)
+        combiner = Combiner(self.plan, self._group, self._partials, threads=self._workers, memory=self._memory)
+        with self._disk_errors():
+            storage.sync_files(self._directory, self._disk)
+            number = commit_group(self._store, self._directory, combiner, done=self.tokens)
         self.close()
         return number
 
@@ -385,17 +327,18 @@ class Writer:
         low, high = layout.chunk_range(chunk.chunk, size, self.plan.n_tokens)
         names = [self.plan.rollouts[p.row].rollout_id for p in self.plan.ragged.pieces(low, high)]
         return (
-            f"{len(missing)} of {len(self._all_chunks())} chunks are not filled, the first is {chunk.component} at layer "
-            f"{self.plan.layers[chunk.layer_index]}, tokens {low}-{high} of rollouts {', '.join(names[:4])}; nothing was "
-            "committed, put the missing rows and commit again"
+            f"{len(missing)} of {self._total} chunks are not filled, the first is {chunk.component} at layer "
+            f"{self.plan.layers[chunk.layer_index]}, tokens {low}-{high} of rollouts {', '.join(names[:4])}; nothing "
+            "was committed, put the missing rows and commit again"
         )
 
     def close(self) -> None:
         """Stop the threads and release the part; what is finished stays for the same plan."""
-        self._pool.shutdown(wait=True)
-        parts.release(self._record)
-        with suppress(OSError):
+        if self._release.alive:
+            self._pool.shutdown(wait=True)
+            os.close(self._disk)
             storage.remove(self._directory / f"spill-{self._start}")
+            self._release()
 
     def __enter__(self) -> Self:
         return self
