@@ -1,8 +1,8 @@
 """bfloat16 as a Zarr v3 data type, the stored dtypes by name, and the exact way from stored bits to float32.
 
-zarr-python finds `BFloat16` through the entry point `zarr.data_type`, so any program that has this distribution
-installed opens such arrays with `zarr.open`, without importing this package. The name, the `bytes` layout and the forms
-of the fill value are those of the `bfloat16` page of zarr-extensions.
+Importing this module registers `BFloat16` with zarr-python, and `datastore.zarr_plugin` imports it with zarr itself, so
+any program that has this distribution installed opens such arrays with `zarr.open`, without importing this package. The
+name, the `bytes` layout and the forms of the fill value are those of the `bfloat16` page of zarr-extensions.
 """
 
 import re
@@ -204,3 +204,7 @@ class BFloat16(ZDType[np.dtype[Any], ml_dtypes.bfloat16], HasEndianness, HasItem
 def _from_bits(bits: int) -> ml_dtypes.bfloat16:
     scalar: ml_dtypes.bfloat16 = np.array(bits, np.uint16).view(_BFLOAT16)[()]
     return scalar
+
+
+# The one thing done at import: there is no moment between this and the first array opened that is surely ours.
+register()
