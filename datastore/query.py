@@ -15,7 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from xarray.core import indexing
 
-from datastore import lazy, storage, stream, tables
+from datastore import lazy, scores, storage, stream, tables
 from datastore.axis import Axis
 from datastore.cells import Cells, Ints, latest
 from datastore.errors import AbsentError, CorruptError, DatastoreError, MisuseError
@@ -80,6 +80,11 @@ class Store:
     def path(self) -> Path:
         """The store's directory."""
         return self._cells.snapshot.path
+
+    @property
+    def cells(self) -> Cells:
+        """Which capture holds which rollout's rows of each layer and component; for code that reads chunks itself."""
+        return self._cells
 
     # -- what is there ---------------------------------------------------------------------------------------------
 
@@ -231,6 +236,24 @@ class Store:
         numbers, chosen = self._layer_numbers(component, layer), self._chosen(rollouts)
         self._all_captured(component, numbers, chosen)
         return KeptStatistics(self._cells, component, numbers[0], rollouts=chosen)
+
+    def scores(self, *, rollouts: Rollouts = None, traits: Sequence[str] | None = None) -> xr.Dataset:
+        """Return the scores that are in the store now, labelled: `score` and `norm` (token, direction), float32.
+
+        Parameters
+        ----------
+        rollouts : id, ids or rollout table, optional
+            Default all that have a score; NaN where one has no score along a direction.
+        traits : sequence of str, optional
+            `category/name`, or just the name; default all.
+
+        Raises
+        ------
+        AbsentError
+            There are no such scores.
+        """
+        names = None if rollouts is None else [str(self._cells.ids[i]) for i in self._chosen(rollouts)]
+        return scores.read_scores(scores.load_results(self.path), self._cells, rollouts=names, traits=traits)
 
     # -- text ------------------------------------------------------------------------------------------------------
 

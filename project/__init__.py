@@ -1,7 +1,9 @@
 """Directions and scores of a store: which directions, the arithmetic of scores, and comparisons between rollouts."""
 
+from experiments.direction import Direction
 from project.criteria import Criteria
 from project.ranking import RULES, Best, Rules, rank
+from project.run import scores, stored_scores, work
 from project.scoring import (
     centred,
     clean_norms,
@@ -32,6 +34,7 @@ __all__ = [
     "RULES",
     "Best",
     "Criteria",
+    "Direction",
     "Interval",
     "Rules",
     "Selection",
@@ -50,10 +53,13 @@ __all__ = [
     "paired_effect_size",
     "rank",
     "score_block",
+    "scores",
     "select",
     "smooth",
+    "stored_scores",
     "token_norms",
     "unit",
     "unit_columns",
     "velocity",
+    "work",
 ]
