@@ -323,7 +323,7 @@ class _Filling:
             [(name, plan.tokens(batch, name)) for name in batch.members],
             layers=plan.layers,
             components=[c.name for c in plan.components],
-            put=partial(self._put, stored),
+            put=partial(self._put, stored=stored),
             on_halve=partial(self._halved, batch),
             piece_tokens=piece_tokens,
         )
@@ -334,13 +334,13 @@ class _Filling:
 
     def _put(
         self,
-        stored: frozenset[str],
         component: str,
         layer: int,
         rollout_id: str,
         values: NDArray[Any],
         *,
         start: int,
+        stored: frozenset[str],
     ) -> None:
         if rollout_id not in stored:
             return

@@ -17,7 +17,12 @@ MOST_LINES_OF_A_FUNCTION = 40
 MOST_POSITIONAL = 3
 # "datastore/x.py:f" -> why it may be longer, or take more.
 LONGER: dict[str, str] = {}
-WIDER = {"datastore/writer.py:put": "component, layer, rollout and their rows: one place and what goes there"}
+WIDER = {
+    "capture/forward.py:__call__": "where rows go and the rows, as Writer.put takes them",
+    "capture/runner.py:_put": "the same",
+    "capture/runner.py:run": "model, tokenizer, rollouts, store: the call of the design, in the order in which one says it",
+    "datastore/writer.py:put": "component, layer, rollout and their rows: one place and what goes there",
+}
 
 CODE = [path for package in house.PACKAGES for path in house.sources(package)]
 PYTHON = house.tracked((".py",))
