@@ -57,6 +57,7 @@ __all__ = [
 
 DEFAULT_MEMORY = 1_000_000_000
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+PIPE_WIDTH = 200
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -287,10 +288,13 @@ def _help_hint(error: BaseException) -> str:
 
 
 def stdout() -> Console:
-    """Return a rich console on standard output, for tables and results; plain text when that is not a terminal."""
+    """Return a rich console on standard output, for tables and results; plain text when that is not a terminal.
+
+    A pipe has no width: tables get room enough not to be cut.
+    """
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def stderr() -> Console:
