@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from capture import exchange
 from datastore import console
 
 if TYPE_CHECKING:
@@ -27,18 +28,35 @@ app = console.CommandGroup(
     default="capture",
 )
 
+exchange.register(app)
+
 CODECS = ("zstd", "lz4", "none")
 
 
 @app.command("capture", hidden=True)
 def capture(
     *,
-    store: Annotated[Path, typer.Option("--store", metavar="PATH", help="The store; made where there is none.")],
+    store: Annotated[
+        Path | None, typer.Option("--store", metavar="PATH", help="The store; made where there is none.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="NAME|DIR", help="A model of the Hub or a directory.")
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Commit, tag or branch on the Hub.")] = None,
     inputs: console.Input = None,
+    experiment: Annotated[
+        Path | None,
+        typer.Option("--experiment", metavar="DIR", help="An experiment tree: model, responses, place of the store."),
+    ] = None,
+    prompt_set: Annotated[
+        str | None, typer.Option("--prompt-set", metavar="NAME", help="Which responses of the tree.")
+    ] = None,
+    model_variant: Annotated[
+        str | None, typer.Option("--model-variant", metavar="NAME", help="Which model of the tree.")
+    ] = None,
+    responses_from: Annotated[
+        str | None, typer.Option("--responses-from", metavar="NAME", help="Whose responses; default the variant's own.")
+    ] = None,
     layers: console.Layers = "all",
     components: console.Components = "residual",
     ids: console.Ids = None,
@@ -80,14 +98,33 @@ def capture(
     if codec not in CODECS:
         raise typer.BadParameter(f"--codec {codec!r} is not known; choose one of {', '.join(CODECS)}.")
     chosen = console.parse_list(ids)
+    if experiment is None and (store is None or prompt_set or model_variant or responses_from):
+        lacks = "--store (or --experiment)" if store is None else "--experiment, of which the others speak"
+        raise typer.BadParameter(f"Missing option {lacks}.")
+    if experiment is not None and inputs:
+        raise typer.BadParameter("--input and --experiment both name transcripts; give one of them.")
     # Seconds to load; what is wrong with the command line itself is said before.
+    from capture.experiment_source import read_tree
     from capture.request import Choice, Settings, read_request
+
+    transcripts: Sequence[Any] | None = inputs
+    if experiment is not None:
+        tree = read_tree(
+            experiment,
+            prompt_set=prompt_set,
+            variant=model_variant,
+            responses_from=responses_from,
+            store=store,
+            model=model,
+        )
+        store, model, transcripts = tree.store, tree.model, tree.transcripts
+    assert store is not None  # without a tree it was asked for above
 
     request = read_request(
         store,
         model=model,
         revision=revision,
-        inputs=inputs,
+        inputs=transcripts,
         layers=layers or "all",
         components=console.parse_list(components) or (),
         choice=Choice(ids=chosen, where=where, limit=limit),

@@ -91,7 +91,7 @@ def read_request(
     *,
     model: str | None,
     revision: str | None,
-    inputs: Sequence[str] | None,
+    inputs: Sequence[str] | Sequence[Transcript] | None,
     layers: str,
     components: Sequence[str],
     choice: Choice,
@@ -104,7 +104,7 @@ def read_request(
     ----------
     store : Path
     model, inputs
-        The bundled ones where None.
+        The bundled ones where None; inputs are paths, or transcripts that are read already.
     layers : str
         A layer spec.
     components : sequence of str
@@ -125,7 +125,8 @@ def read_request(
         trust_remote_code=settings.trust_remote_code,
     )
     table.specs(components, numbers)
-    transcripts = experiments.read(list(inputs or [str(ROLLOUTS)]))
+    paths = [one for one in inputs or [str(ROLLOUTS)] if isinstance(one, str)]
+    transcripts = experiments.read(paths) if paths else [one for one in inputs or () if isinstance(one, Transcript)]
     return Request(
         store=store,
         info=info,

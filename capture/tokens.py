@@ -170,9 +170,10 @@ def _unrendered(transcript: Transcript, tokenizer: Any, ids: list[int], *, promp
     role, turn = np.zeros(len(ids), np.int8), np.full(len(ids), -1, np.int32)
     stored = [(t.token_start, t.token_end, t.role) for t in transcript.turns]
     found = stored or _marked(TokenBytes(tokenizer).of(ids))
+    numbers = {i: t.turn for i, t in enumerate(transcript.turns) if t.turn is not None}
     for i, (start, stop, name) in enumerate(found):
         role[start:stop] = ROLES.index(name)
-        turn[start:stop] = i
+        turn[start:stop] = numbers.get(i, i)
     if not found:
         role[prompt_end:] = ROLES.index("assistant")
     method: RangesMethod = "stored" if stored else "markers" if found else "none"
@@ -252,6 +253,13 @@ def _leading(tokenizer: Any, text: str) -> list[int]:
 def _thinking(transcript: Transcript, draft: _Draft, pieces: list[bytes]) -> NDArray[np.bool_]:
     """Mark what lies between reasoning markers in assistant turns, or anywhere when no turns are known."""
     out = np.zeros(len(draft.ids), np.bool_)
+    for turn in transcript.turns:
+        ranges = [(turn.thinking_start, turn.thinking_end), *turn.thinking_ranges]
+        for first, last in ranges:
+            if first is not None and last is not None:
+                out[max(first, 0) : max(last, 0)] = True
+    if any(turn.turn is not None for turn in transcript.turns):
+        return out  # written from a store, which knows
     known = bool((draft.turn >= 0).any())
     for (role, _), start, stop in (
         runs(list(zip(draft.role.tolist(), draft.turn.tolist(), strict=True))) if known else []
@@ -262,9 +270,6 @@ def _thinking(transcript: Transcript, draft: _Draft, pieces: list[bytes]) -> NDA
     if not known:
         for a, b in thinking_ranges(pieces):
             out[a:b] = True
-    for turn in transcript.turns:
-        if turn.thinking_start is not None and turn.thinking_end is not None:
-            out[max(turn.thinking_start, 0) : max(turn.thinking_end, 0)] = True
     return out
 
 

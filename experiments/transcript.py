@@ -65,13 +65,18 @@ class Message(_Record):
 
 
 class Turn(_Record):
-    """Where one turn of a pre-tokenised transcript lies, half-open, from the first token of the whole."""
+    """Where one turn of a pre-tokenised transcript lies, half-open, from the first token of the whole.
 
-    role: Role
+    Files written from a store also give its number there, and all reasoning ranges where there are several.
+    """
+
+    role: Role | Literal["none"]
     token_start: int = Field(ge=0)
     token_end: int = Field(ge=0)
     thinking_start: int | None = None
     thinking_end: int | None = None
+    turn: int | None = Field(default=None, ge=-1)
+    thinking_ranges: tuple[tuple[int, int], ...] = ()
 
     @field_validator("role", mode="before")
     @classmethod

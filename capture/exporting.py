@@ -1,0 +1,246 @@
+"""Export: rollouts of a store as files for other tools, one a rollout, each whole or not there at all.
+
+`pt` writes an experiment tree: `inference/{variant}/raw/residual/{prompt_set}/{id}.pt` with the response files beside,
+where the users' scripts look for them. `safetensors` and `npz` write `{id}.safetensors` or `{id}.npz` that carry what
+is known of the rollout. Import reads all of them back.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from capture.errors import RequestError
+from datastore import storage
+from datastore.query import Store
+from datastore.schema import ROLES
+from experiments.formats import labels_of
+from experiments.rawfile import whole
+from experiments.rawfiles import write_raw
+
+__all__ = ["Export", "carry_out", "plan_of", "record_of"]
+
+DEFAULT_SET, DEFAULT_VARIANT = "exported", "exported"
+
+Tick = Callable[[int, int], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """Where one rollout goes, and which of its cells.
+
+    Attributes
+    ----------
+    rollout_id : str
+    path : Path
+        The activation file.
+    response : Path or None
+        The response file beside it, in a tree.
+    cells : mapping of component to layers
+    """
+
+    rollout_id: str
+    path: Path
+    response: Path | None
+    cells: Mapping[str, tuple[int, ...]]
+
+
+def plan_of(
+    store: Store,
+    directory: Path,
+    *,
+    form: str,
+    rollouts: Sequence[str],
+    layers: Sequence[int] | None = None,
+    components: Sequence[str] | None = None,
+    variant: str = DEFAULT_VARIANT,
+) -> list[Export]:
+    """Say which files an export writes.
+
+    Parameters
+    ----------
+    store : Store
+    directory : Path
+    form : str
+        `pt`, `safetensors` or `npz`.
+    rollouts : sequence of str
+        Rollout ids.
+    layers, components : sequences, optional
+        Only these; a rollout's cells that are absent are left out.
+    variant : str
+        The model variant that the tree's files are of, for `pt`.
+
+    Raises
+    ------
+    RequestError
+        Nothing of what is asked for is captured, or a prompt set or variant can't name a directory.
+    """
+    tables = {name: store.captured(name) for name in components or store.components}
+    exports = []
+    for name in rollouts:
+        cells = {}
+        for component, table in tables.items():
+            numbers, there = [int(n) for n in table.columns], table.loc[[name]].to_numpy()[0]
+            have = tuple(n for n, held in zip(numbers, there, strict=True) if held and (layers is None or n in layers))
+            if have:
+                cells[component] = have
+        if cells:
+            path, response = _paths(directory, form, name, str(store.rollouts.at[name, "prompt_set"]), variant)
+            exports.append(Export(rollout_id=name, path=path, response=response, cells=cells))
+    if not exports:
+        raise RequestError(
+            f"nothing to export: none of the {len(rollouts)} rollouts has what was asked for; captured are "
+            f"{', '.join(store.components)} at layers {', '.join(map(str, store.layers))}"
+        )
+    return exports
+
+
+def _paths(directory: Path, form: str, name: str, prompt_set: str, variant: str) -> tuple[Path, Path | None]:
+    stem = quote(name, safe=" ()+,;=@[]{}!#$&'~") if not name.startswith(".") else "%2E" + quote(name[1:], safe="")
+    if form != "pt":
+        return directory / f"{stem}.{form}", None
+    prompt_set = prompt_set or DEFAULT_SET
+    for part in (variant, *prompt_set.split("/")):
+        if part in ("", ".", "..") or part.startswith("/") or "\0" in part:
+            raise RequestError(f"{variant!r} or {prompt_set!r} can't name a directory; give another --variant")
+    top = directory / "inference" / variant
+    return top / "raw" / "residual" / prompt_set / f"{stem}.pt", top / "responses" / prompt_set / f"{stem}.json"
+
+
+def carry_out(
+    store: Store,
+    directory: Path,
+    exports: Sequence[Export],
+    *,
+    variant: str = DEFAULT_VARIANT,
+    overwrite: bool = False,
+    tick: Tick = lambda done, of: None,
+) -> int:
+    """Write the files; return how many response files were there already and were kept.
+
+    Parameters
+    ----------
+    store : Store
+    directory : Path
+    exports : sequence of Export
+    variant : str
+        As given to `plan_of`.
+    overwrite : bool
+        Write activation files anew that are there. A tree's own response files and config.json are never written over.
+    tick : callable
+
+    Raises
+    ------
+    ExperimentError
+        An activation file is there.
+    """
+    kept = 0
+    directory.mkdir(parents=True, exist_ok=True)
+    spans = {str(name): group for name, group in store.annotations.groupby("rollout_id")}
+    for number, one in enumerate(exports):
+        record = record_of(store, one.rollout_id, spans.get(one.rollout_id), stem=one.path.stem)
+        one.path.parent.mkdir(parents=True, exist_ok=True)
+        if one.response is not None:
+            kept += not _write_new(one.response, record)
+        write_raw(one.path, _values(store, one), record, overwrite=overwrite)
+        tick(number + 1, len(exports))
+    if exports[0].response is not None:
+        _write_new(directory / "config.json", _config(store, variant))
+    storage.sync_files(directory)
+    return kept
+
+
+def _values(store: Store, one: Export) -> dict[tuple[str, int], NDArray[Any]]:
+    found = {}
+    for component, layers in one.cells.items():
+        values = np.asarray(store.select(component, rollouts=one.rollout_id, layers=list(layers), raw=True).values)
+        found.update({(component, layer): values[:, i] for i, layer in enumerate(layers)})
+    return found
+
+
+def _write_new(path: Path, value: Mapping[str, Any]) -> bool:
+    """Write a JSON file unless it is there; return whether it was written."""
+    if path.exists():
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path, overwrite=False) as staged:
+        staged.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    return True
+
+
+def _config(store: Store, variant: str) -> dict[str, Any]:
+    model = {"model": str(store.captures["model"].iloc[-1])}
+    return {"defaults": {"application": variant, "extraction": variant}, "model_variants": {variant: model}}
+
+
+def record_of(store: Store, rollout_id: str, spans: pd.DataFrame | None, *, stem: str) -> dict[str, Any]:
+    """Return a rollout in the keys of a response file: tokens, text, turns, labels, annotations, tags."""
+    row: dict[Any, Any] = store.rollouts.loc[[rollout_id]].iloc[0].to_dict()
+    tokens, cut = store.tokens(rollout_id), int(row["prompt_end"])
+    text = [one if isinstance(one, str) else "" for one in tokens["text"]]
+    record: dict[str, Any] = {
+        "prompt": "".join(text[:cut]),
+        "response": "".join(text[cut:]),
+        "tokens": text,
+        "token_ids": [int(i) for i in tokens["token_id"]],
+        "prompt_end": cut,
+        "tags": list(row["tags"]),
+        "turn_boundaries": _turns(tokens),
+    }
+    if stem != rollout_id:
+        record["id"] = rollout_id
+    if row["prompt_set"]:
+        record["prompt_set"] = str(row["prompt_set"])
+    if spans is not None:
+        columns = ("token_start", "token_end", "label")
+        values = zip(*(spans[name].tolist() for name in columns), strict=True)
+        record["annotations"] = [dict(zip(columns, one, strict=True)) for one in values]
+    return {**record, **_labels(row)}
+
+
+def _labels(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the labels; those named like a key of a response file stand in `source`, which is read as labels too."""
+    fixed = ("n_tokens", "prompt_end", "prompt_set", "tags", "token_sha256")
+    labels = {str(k): _plain(v) for k, v in row.items() if k not in fixed and v is not None and v == v}
+    free = {name: value for name, value in labels.items() if labels_of({name: value})}
+    others = {name: value for name, value in labels.items() if name not in free}
+    return {**free, **({"source": others} if others else {})}
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _turns(tokens: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return runs of one role and turn, with the reasoning ranges in each."""
+    role = np.asarray([ROLES.index(str(one)) for one in tokens["role"]])
+    turn, thinking = tokens["turn"].to_numpy(), tokens["thinking"].to_numpy(dtype=np.bool_)
+    edges = np.flatnonzero((np.diff(role) != 0) | (np.diff(turn) != 0)) + 1
+    found = []
+    for start, stop in zip([0, *edges.tolist()], [*edges.tolist(), len(role)], strict=True):
+        inside = _ranges(thinking[start:stop], start)
+        if role[start] == 0 and turn[start] == -1 and not inside:
+            continue
+        one: dict[str, Any] = {"role": ROLES[role[start]], "token_start": start, "token_end": stop}
+        one["turn"] = int(turn[start])
+        if ROLES[role[start]] == "assistant":
+            one["has_thinking"] = bool(inside)
+        if len(inside) == 1:
+            one["thinking_start"], one["thinking_end"] = inside[0]
+        elif inside:
+            one["thinking_ranges"] = inside
+        found.append(one)
+    return found
+
+
+def _ranges(marks: NDArray[np.bool_], first: int) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], marks, [False]]).astype(np.int8)))
+    return [(first + int(a), first + int(b)) for a, b in edges.reshape(-1, 2)]
+
+
