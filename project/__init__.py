@@ -1,34 +1,74 @@
-"""Directions and scores of a store: which directions, the arithmetic of scores, and comparisons between rollouts."""
+"""Directions and scores of a store: which directions, the pass that scores, and comparisons between rollouts.
 
-from experiments.direction import Direction
-from project.criteria import Criteria
-from project.ranking import RULES, Best, Rules, rank
-from project.run import scores, stored_scores, work
-from project.scoring import (
-    centred,
-    clean_norms,
-    clean_scores,
-    cosine,
-    ensemble,
-    less_baseline,
-    normalised,
-    score_block,
-    smooth,
-    token_norms,
-    unit,
-    unit_columns,
-    velocity,
-)
-from project.selection import Selection, select
-from project.statistics import (
-    Interval,
-    auroc,
-    bootstrap_auroc,
-    bootstrap_difference,
-    bootstrap_mean,
-    effect_size,
-    paired_effect_size,
-)
+Names are loaded when first used, so that a command's help does not wait for Zarr or xarray.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experiments.direction import Direction
+    from project.criteria import Criteria
+    from project.ranking import RULES, Best, Rules, rank
+    from project.run import Work, scores, stored_scores, work
+    from project.scoring import (
+        centred,
+        clean_norms,
+        clean_scores,
+        cosine,
+        ensemble,
+        less_baseline,
+        normalised,
+        score_block,
+        smooth,
+        token_norms,
+        unit,
+        unit_columns,
+        velocity,
+    )
+    from project.selection import Selection, select
+    from project.statistics import (
+        Interval,
+        auroc,
+        bootstrap_auroc,
+        bootstrap_difference,
+        bootstrap_mean,
+        effect_size,
+        paired_effect_size,
+    )
+
+_HOMES = {
+    "experiments.direction": ("Direction",),
+    "project.criteria": ("Criteria",),
+    "project.ranking": ("RULES", "Best", "Rules", "rank"),
+    "project.run": ("Work", "scores", "stored_scores", "work"),
+    "project.scoring": (
+        "centred",
+        "clean_norms",
+        "clean_scores",
+        "cosine",
+        "ensemble",
+        "less_baseline",
+        "normalised",
+        "score_block",
+        "smooth",
+        "token_norms",
+        "unit",
+        "unit_columns",
+        "velocity",
+    ),
+    "project.selection": ("Selection", "select"),
+    "project.statistics": (
+        "Interval",
+        "auroc",
+        "bootstrap_auroc",
+        "bootstrap_difference",
+        "bootstrap_mean",
+        "effect_size",
+        "paired_effect_size",
+    ),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "RULES",
@@ -38,6 +78,7 @@ __all__ = [
     "Interval",
     "Rules",
     "Selection",
+    "Work",
     "auroc",
     "bootstrap_auroc",
     "bootstrap_difference",
@@ -63,3 +104,13 @@ __all__ = [
     "velocity",
     "work",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'project' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
