@@ -63,7 +63,7 @@ def capture(
     where: console.Where = None,
     limit: console.Limit = None,
     response_only: Annotated[
-        bool, typer.Option("--response-only", help="Store the rows of response tokens only.")
+        bool, typer.Option("--response-only", help="Store the response's rows only; positions count from its start.")
     ] = False,
     replace: Annotated[
         bool, typer.Option("--replace", help="Capture again what is there; the new capture counts.")

@@ -1,7 +1,7 @@
 """What a capture is asked for, once it is read: model, rollouts, layers, components, settings; provenance and plans."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,40 @@ def _chosen(
     for name in names:
         if info.context is not None and rendered[name].rollout.n_tokens > info.context:
             _render(by_id[name], info, context=info.context, truncate=False)  # raises, and says what to do
-    return [rendered[name] for name in names]
+    chosen = [rendered[name] for name in names]
+    return _responses(chosen) if settings.response_only else chosen
+
+
+def _responses(rendered: Sequence[Rendered]) -> list[Rendered]:
+    """Leave the rows of the prompts out: their tokens are computed, and stored as ids alone."""
+    without = [one.rollout.rollout_id for one in rendered if one.rollout.prompt_end == one.rollout.n_tokens]
+    if without:
+        raise RequestError(
+            f"{len(without)} of {len(rendered)} rollouts have no response tokens, {without[0]!r} the first, so "
+            '--response-only would store nothing of them; leave them out with --where "prompt_end < n_tokens", or '
+            "capture all tokens"
+        )
+    return [replace(one, rollout=_response(one.rollout)) for one in rendered]
+
+
+def _response(one: Rollout) -> Rollout:
+    at = one.prompt_end
+    spans = (
+        replace(a, token_start=max(a.token_start, at) - at, token_end=a.token_end - at)
+        for a in one.annotations
+        if a.token_end > at
+    )
+    role, turn, thinking = (np.asarray(values)[at:] for values in (one.role, one.turn, one.thinking))
+    return replace(
+        one,
+        token_ids=one.token_ids[at:],
+        prefix=one.token_ids[:at],
+        prompt_end=0,
+        role=role,
+        turn=turn,
+        thinking=thinking,
+        annotations=tuple(spans),
+    )
 
 
 def _render(one: Transcript, info: ModelInfo, *, context: int | None, truncate: bool) -> Rendered:
@@ -188,6 +221,7 @@ def provenance_of(request: Request, *, hash_weights: bool = True) -> dict[str, A
             "attn_implementation": known["attn_implementation"],
             "padding": "right",
             "truncate": request.info.context if settings.truncate else None,
+            "response_only": settings.response_only,
             "strict": settings.strict,
             "hooks": {c.name: c.hook for c in request.table.specs(request.components, request.layers)},
         },
@@ -209,9 +243,7 @@ def _rendering(rendered: Sequence[Rendered]) -> dict[str, Any]:
 def plans_of(request: Request, provenance: Mapping[str, Any]) -> tuple[Plan, ...]:
     """Plan the capture; see `datastore.plan`."""
     settings = request.settings
-    if settings.response_only:
-        raise RequestError("--response-only is not there yet; leave it out, the rows of all tokens are stored")
-    used = sorted({int(i) for r in request.rollouts for i in np.unique(r.token_ids)})
+    used = sorted({int(i) for r in request.rollouts for i in np.unique(r.computed_ids)})
     return datastore.plan(
         request.store,
         request.rollouts,

@@ -133,7 +133,7 @@ def run(
     table = find_components(model, hook_paths=hook_paths)
     known = dict(provenance or in_memory_provenance(model, table))
     numbers = parse_layers(layers, table.n_layers) if isinstance(layers, str) else tuple(layers)
-    used = sorted({int(i) for r in rollouts for i in np.unique(r.token_ids)})
+    used = sorted({int(i) for r in rollouts for i in np.unique(r.computed_ids)})
     plans = datastore.plan(
         store,
         rollouts,
@@ -344,9 +344,13 @@ class _Filling:
     ) -> None:
         if rollout_id not in stored:
             return
+        plan = self.writer.plan
+        first = start - plan.rollouts[plan.rows[rollout_id]].n_prefix
+        values, first = values[max(0, -first) :], max(0, first)
         if self.strict:
-            _refuse_nonfinite(values, component=component, layer=layer, rollout_id=rollout_id, start=start)
-        self.writer.put(component, layer, rollout_id, values, start=start)
+            _refuse_nonfinite(values, component=component, layer=layer, rollout_id=rollout_id, start=first)
+        if len(values):
+            self.writer.put(component, layer, rollout_id, values, start=first)
 
     def _halved(self, batch: Batch, what: Halved) -> None:
         """Write down that a batch did not fit, so that a resumed or later capture computes the same way; say it."""

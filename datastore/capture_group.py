@@ -35,6 +35,7 @@ def build_group(path: Path, plan: Plan, *, created: str) -> None:
     storage.write_array(path / "layer", np.asarray(plan.layers, dtype=np.int32), dims=("layer",))
     _write_tokens(path, plan)
     _write_table(path / "rollouts", plan)
+    _write_prefixes(path / "prefix", plan)
     _write_annotations(path / "annotations", plan)
     _write_vocab(path / "vocab", plan)
     if plan.statistics:
@@ -122,6 +123,17 @@ def _write_table(path: Path, plan: Plan) -> None:
         values, missing = label_array([r.labels.get(name) for r in rollouts])
         attrs = {"label": name, "missing": missing}
         storage.write_array(path / "labels" / label_file(name), values, dims=("row",), attrs=attrs)
+
+
+def _write_prefixes(path: Path, plan: Plan) -> None:
+    """Keep the token ids that were computed before the first stored ones, end to end, where there are any."""
+    counts = np.asarray([r.n_prefix for r in plan.rollouts], dtype=np.int64)
+    if not counts.any():
+        return
+    ids = np.concatenate([r.computed_ids[: r.n_prefix] for r in plan.rollouts])
+    storage.create_group(path, {})
+    storage.write_array(path / "n_tokens", counts, dims=("row",), attrs={"sample_dimension": "prefix_token"})
+    storage.write_array(path / "token_id", ids, dims=("prefix_token",))
 
 
 def label_file(name: str) -> str:

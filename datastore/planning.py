@@ -246,7 +246,7 @@ def _fresh(union: Union, request: Request, *, cells: Cells, names: Sequence[str]
 
 def _used(request: Request, names: Sequence[str]) -> dict[int, bytes]:
     """Return the bytes of the token ids that these rollouts use."""
-    used = {int(i) for i in np.unique(np.concatenate([request.asked[name].token_ids for name in names]))}
+    used = {int(i) for i in np.unique(np.concatenate([request.asked[name].computed_ids for name in names]))}
     return {i: text for i, text in sorted(request.vocab.items()) if i in used}
 
 
@@ -317,7 +317,7 @@ def _batches(union: Union, rollouts: Sequence[Rollout], batch_tokens: int, *, re
         key = (capture.number, *capture.computed_with(name))
         recorded.setdefault(key, (capture, set()))[1].add(name)
     new = [r for r in rollouts if r.rollout_id not in known]
-    formed = layout.batches([r.n_tokens for r in new], budget=batch_tokens)
+    formed = layout.batches([len(r.computed_ids) for r in new], budget=batch_tokens)
     batches = [Batch(members=tuple(new[i].rollout_id for i in group)) for group in formed]
     for (_, index, members), (capture, stored) in sorted(recorded.items(), key=lambda item: item[0]):
         batches.append(_recorded_batch(union, capture, index, members=members, stored=stored))

@@ -109,6 +109,9 @@ class Rollout:
     annotations : tuple of Annotation
     tags : tuple of str
     prompt_set : str
+    prefix : int32 array, shape (P,), optional
+        Token ids before the first of `token_ids`: the model computes them, and no row of them is stored. All positions
+        and ranges count from the first stored token.
     """
 
     rollout_id: str
@@ -121,6 +124,7 @@ class Rollout:
     annotations: tuple[Annotation, ...] = ()
     tags: tuple[str, ...] = ()
     prompt_set: str = ""
+    prefix: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         ids = np.asarray(self.token_ids)
@@ -136,6 +140,7 @@ class Rollout:
         if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
             raise PlanError(f"rollout {self.rollout_id!r} has token id {ids.min()}..{ids.max()}, outside int32")
         self._set("token_ids", np.ascontiguousarray(ids, dtype=np.int32))
+        self._set("prefix", np.asarray([] if self.prefix is None else self.prefix, dtype=np.int32).reshape(-1))
         self._set("prompt_end", ids.size if self.prompt_end == -1 else self.prompt_end)
         self._set("role", self._per_token("role", 0, np.int8))
         self._set("turn", self._per_token("turn", -1, np.int32))
@@ -207,9 +212,20 @@ class Rollout:
         return (np.arange(self.n_tokens) >= self.prompt_end).astype(np.int8)
 
     @cached_property
+    def computed_ids(self) -> NDArray[np.int32]:
+        """Token ids that the model is given: the prefix and the stored ones."""
+        return np.concatenate([np.asarray(self.prefix, dtype=np.int32), self.token_ids])
+
+    @property
+    def n_prefix(self) -> int:
+        """Number of tokens that are computed before the first stored one."""
+        return len(self.computed_ids) - self.n_tokens
+
+    @cached_property
     def token_sha256(self) -> str:
-        """Hash of the token ids as little-endian int32."""
-        return hashlib.sha256(self.token_ids.astype("<i4").tobytes()).hexdigest()
+        """Hash of the token ids as little-endian int32; `+P` behind it where the first P of them are a prefix."""
+        computed = hashlib.sha256(self.computed_ids.astype("<i4").tobytes()).hexdigest()
+        return f"{computed}+{self.n_prefix}" if self.n_prefix else computed
 
     @cached_property
     def sha256(self) -> str:
@@ -387,10 +403,10 @@ class Plan:
         )
 
     def tokens(self, batch: Batch, rollout_id: str) -> NDArray[np.int32]:
-        """Return the token ids of a member of a batch, stored or company."""
+        """Return the token ids with which a member of a batch is computed, stored or company."""
         if rollout_id in batch.company:
             return batch.company[rollout_id]
-        return self.rollouts[self.rows[rollout_id]].token_ids
+        return self.rollouts[self.rows[rollout_id]].computed_ids
 
     @property
     def raw_bytes(self) -> int:

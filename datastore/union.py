@@ -86,9 +86,19 @@ class Capture:
         return str(self.attrs["provenance"].get("model", {}).get("name", "unknown"))
 
     def tokens(self, rollout_id: str) -> NDArray[np.int32]:
-        """Read the token ids of one rollout."""
+        """Read the token ids with which one rollout was computed: what is before its first stored token comes first."""
         start, stop = self.ragged.range(self.rows[rollout_id])
-        return np.asarray(read_array(self.path / "token_id")[start:stop], dtype=np.int32)
+        stored = np.asarray(read_array(self.path / "token_id")[start:stop], dtype=np.int32)
+        return np.concatenate([self.prefix(rollout_id), stored])
+
+    def prefix(self, rollout_id: str) -> NDArray[np.int32]:
+        """Read the token ids that were computed before a rollout's first stored token and have no rows."""
+        if "+" not in self.token_sha256[self.rows[rollout_id]]:
+            return np.empty(0, dtype=np.int32)
+        edges = np.cumsum([0, *read_array(self.path / "prefix" / "n_tokens")])
+        row = self.rows[rollout_id]
+        ids = read_array(self.path / "prefix" / "token_id")[edges[row] : edges[row + 1]]
+        return np.asarray(ids, dtype=np.int32)
 
 
 def model_identity(provenance: Mapping[str, Any]) -> str:
@@ -212,10 +222,11 @@ class Union:
         return any(d.hits(capture.number, rollout_id, layer=layer, component=component) for d in self.drops)
 
     def tokens(self, rollout_id: str, token_sha256: str) -> NDArray[np.int32] | None:
-        """Return a rollout's token ids from any capture that holds them with this hash."""
+        """Return the token ids with which a rollout was computed from any capture that has them with this hash."""
+        computed = token_sha256.partition("+")[0]
         for capture in self.captures:
             row = capture.rows.get(rollout_id)
-            if row is not None and capture.token_sha256[row] == token_sha256:
+            if row is not None and capture.token_sha256[row].partition("+")[0] == computed:
                 return capture.tokens(rollout_id)
         return None
 
