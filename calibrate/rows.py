@@ -66,7 +66,11 @@ class Rows(Protocol):
     table: pd.DataFrame
     layers: tuple[int, ...]
     width: int
+    itemsize: int
     component: str
+
+    def unkept(self, layer: int, rows: Sequence[int]) -> list[int]:
+        """Return those of some rows of which nothing was kept by themselves."""
 
     def kept(self, layer: int, rows: Sequence[int]) -> Kept:
         """Return the statistics kept for some rows."""
@@ -132,8 +136,14 @@ class StoreRows:
         self._row = {name: row for row, name in enumerate(self.ids)}
         self._prompt = self.table["prompt"].to_numpy(np.int64)
         self._counts = self.table[["prompt", "response"]].to_numpy(np.int64)
-        probe = store.select(component, rollouts=self.ids, layers=list(self.layers), raw=False)
-        self.width = int(probe.shape[2])
+        spec = store.cells.components[component]
+        self.width, self.itemsize = spec.width, spec.itemsize
+
+    def unkept(self, layer: int, rows: Sequence[int]) -> list[int]:
+        """Return those of some rows of which nothing was kept by themselves."""
+        names = [self.ids[row] for row in rows]
+        alone = set(self.store.statistics(self.component, layer, rollouts=names).per_rollout)
+        return [row for row in rows if self.ids[row] not in alone]
 
     def kept(self, layer: int, rows: Sequence[int]) -> Kept:
         """Return the statistics kept for some rows."""
@@ -226,7 +236,7 @@ class ArrayRows:
         self.array = array.transpose("token", "layer", ...)
         self.component = "residual" if array.name is None else str(array.name)
         self.layers = tuple(int(n) for n in np.atleast_1d(array["layer"].values))
-        self.width = int(self.array.shape[2])
+        self.width, self.itemsize = int(self.array.shape[2]), int(self.array.dtype.itemsize)
         rollout, names = pd.factorize(np.asarray(array["rollout"].values).astype(str))
         segment = np.asarray(array["segment"].values) == SEGMENTS[1]
         edges = np.flatnonzero((np.diff(rollout) != 0) | (segment[1:] != segment[:-1])) + 1
@@ -238,6 +248,10 @@ class ArrayRows:
         sha = [hashlib.sha256(ids[rollout == i].tobytes()).hexdigest() for i in range(len(names))]
         table = {"prompt": self._counts[:, 0], "response": self._counts[:, 1], "token_sha256": sha}
         self.table = pd.DataFrame(table, index=pd.Index(names.tolist(), name="rollout_id"))
+
+    def unkept(self, layer: int, rows: Sequence[int]) -> list[int]:
+        """Return all of them."""
+        return list(rows)
 
     def kept(self, layer: int, rows: Sequence[int]) -> Kept:
         """Return that nothing is kept."""

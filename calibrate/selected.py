@@ -20,10 +20,12 @@ from calibrate.rows import ArrayRows, Rows, StoreRows
 from datastore.errors import AbsentError, ConflictError, MisuseError
 from datastore.schema import SEGMENTS
 
-__all__ = ["Flags", "Selected", "Selection", "resolve"]
+__all__ = ["Chosen", "Flags", "Selected", "Selection", "resolve"]
 
 Flags = NDArray[np.bool_]
 Selection = datastore.Store | str | os.PathLike[str] | xr.DataArray
+Chosen = tuple[datastore.Store, Sequence[str] | None]
+"""A store with the ids of its rollouts that are wanted; None wants all."""
 EITHER = "the response, or the prompt of a rollout without one"
 
 
@@ -76,7 +78,7 @@ class Selected:
 
 
 def resolve(
-    selection: Selection | Iterable[Selection],
+    selection: Selection | Iterable[Selection | Chosen],
     *,
     component: str = "residual",
     layers: int | Sequence[int] | None = None,
@@ -128,9 +130,8 @@ def resolve(
 def _sources(
     items: Sequence[Any], component: str, *, layers: list[int] | None, rollouts: list[str] | None
 ) -> list[Rows]:
-    opened = (datastore.Store, xr.DataArray)
-    stores = [item if isinstance(item, opened) else datastore.open(Path(item)) for item in items]
-    held = {str(name) for store in stores if isinstance(store, datastore.Store) for name in store.rollouts.index}
+    stores = [_opened(item, rollouts) for item in items]
+    held = {str(name) for store, _ in stores if isinstance(store, datastore.Store) for name in store.rollouts.index}
     absent = [name for name in rollouts or () if name not in held]
     if absent:
         raise AbsentError(
@@ -138,14 +139,21 @@ def _sources(
             f"they hold {len(held)} rollouts"
         )
     found: list[Rows] = []
-    for store in stores:
+    for store, wanted in stores:
         if isinstance(store, xr.DataArray):
             found.append(ArrayRows(store if layers is None else store.sel(layer=layers)))
             continue
-        mine = None if rollouts is None else [name for name in rollouts if name in store.rollouts.index]
+        mine = None if wanted is None else [name for name in wanted if rollouts is None or name in store.rollouts.index]
         if mine is None or mine:
             found.append(StoreRows(store, component, rollouts=mine, layers=layers))
     return found
+
+
+def _opened(item: Any, rollouts: list[str] | None) -> tuple[Any, Sequence[str] | None]:
+    if isinstance(item, tuple):
+        return item
+    opened = isinstance(item, datastore.Store | xr.DataArray)
+    return (item if opened else datastore.open(Path(item))), rollouts
 
 
 def _ids(rollouts: Any) -> list[str] | None:

@@ -14,7 +14,7 @@ from calibrate import formulas
 from calibrate.layer import QUANTILES, LayerSums, Settings, look, sum_layer
 from calibrate.passes import PERCENTILES, Details, Tick
 from calibrate.rows import StoreRows
-from calibrate.selected import Selected, Selection, resolve
+from calibrate.selected import Chosen, Selected, Selection, resolve
 from datastore.errors import AbsentError
 from datastore.schema import SEGMENTS
 
@@ -67,7 +67,7 @@ class Calibration:
 
 
 def fit(
-    selection: Selection | Iterable[Selection],
+    selection: Selection | Iterable[Selection | Chosen],
     *,
     component: str = "residual",
     layers: int | Sequence[int] | None = None,
@@ -88,7 +88,8 @@ def fit(
     Parameters
     ----------
     selection : Store, path, DataArray, or several of them
-        A store, what `Store.select` returned, or stores of one model that are pooled.
+        A store, what `Store.select` returned, or stores of one model that are pooled. A store in a list may be a pair
+        with the ids that are wanted of it.
     component : str
         For stores; an array is of one.
     layers : int or ints, optional
@@ -206,12 +207,12 @@ class _Table:
         """Add what is found for each rollout by itself, and its mean over rollouts."""
         source, flags = self._source("rows"), self.selected.aligned
         alignment = np.stack([one.alignment for one in self.found], axis=-1)
-        chosen = np.where(flags[..., None], alignment, np.nan)
-        known = ~np.isnan(chosen)
-        with np.errstate(invalid="ignore"):
-            mean = np.where(known, chosen, 0.0).sum(axis=(0, 1)) / known.sum(axis=(0, 1))
+        of_rollout = _mean_known(np.where(flags[..., None], alignment, np.nan), axis=1)
         self.add("alignment", _ALIGNED, alignment, source=source, what="mean cosine of the tokens with their mean")
-        self.add("mean_alignment", _LAYER, mean, source=source, what="mean over rollouts of their alignment")
+        what = "that of the segment that counts for a rollout, or the mean of both"
+        self.add("rollout_alignment", ("row", "layer"), of_rollout, source=source, what=what)
+        what = "mean over rollouts of rollout_alignment"
+        self.add("mean_alignment", _LAYER, _mean_known(of_rollout, axis=0), source=source, what=what)
         described = {
             "dims": "dimensions of the largest magnitude in a rollout",
             "peak": "largest magnitude there",
@@ -289,6 +290,12 @@ class _Table:
             "version": _version(),
         }
         return xr.Dataset(self.variables, coords=coords, attrs=attrs)
+
+
+def _mean_known(values: Floats, *, axis: int) -> Floats:
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(known, values, 0.0).sum(axis=axis) / known.sum(axis=axis))
 
 
 def _component_norms(selected: Selected) -> tuple[list[str], Floats]:
