@@ -236,7 +236,8 @@ def _turns(tokens: pd.DataFrame) -> list[dict[str, Any]]:
         elif inside:
             one["thinking_ranges"] = inside
         found.append(one)
-    return found
+    # Said even where there is nothing to say: a file without turns is read by the usual rule, response = assistant.
+    return found or [{"role": "none", "token_start": 0, "token_end": len(role), "turn": -1}]
 
 
 def _ranges(marks: NDArray[np.bool_], first: int) -> list[tuple[int, int]]:

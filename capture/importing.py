@@ -22,7 +22,7 @@ from capture.tokenbytes import token_bytes
 from datastore import storage
 from datastore.choose import choose
 from datastore.planning import plans_directory
-from datastore.schema import Codec, ComponentSpec, Plan, Rollout, digest
+from datastore.schema import COMPONENTS, Codec, ComponentSpec, Plan, Rollout, digest
 from datastore.writer import Writer
 from experiments.errors import ExperimentError
 from experiments.rawfile import Array, RawFile
@@ -222,7 +222,7 @@ def plans_of(
     plans: list[Plan] = []
     for cells, members in _groups(asked.found).items():
         layers_of: dict[tuple[int, ...], list[ComponentSpec]] = {}
-        for component, array in sorted({(name, array) for name, _, array in cells}):
+        for component, array in sorted({(name, array) for name, _, array in cells}, key=_in_vocabulary_order):
             numbers = tuple(sorted(layer for name, layer, _ in cells if name == component))
             layers_of.setdefault(numbers, []).append(_spec(component, array))
         for numbers, specs in layers_of.items():
@@ -252,6 +252,10 @@ def _groups(found: Sequence[Found]) -> dict[frozenset[tuple[str, int, Array]], l
                 "one array; leave it out"
             )
     return groups
+
+
+def _in_vocabulary_order(one: tuple[str, Array]) -> tuple[int, str]:
+    return (COMPONENTS.index(one[0]) if one[0] in COMPONENTS else len(COMPONENTS), one[0])
 
 
 def _spec(component: str, array: Array) -> ComponentSpec:

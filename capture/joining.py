@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from capture.tokens import Rendered, render
-from experiments.annotations import TokenSpan
+from experiments.annotations import Span, TokenSpan
 from experiments.errors import ExperimentError
 from experiments.formats import transcript_of
 from experiments.rawfile import RawFile
@@ -136,15 +136,15 @@ def rollout_of(raw: RawFile, known: Transcript | None, tokenizer: Any) -> tuple[
     notes: list[str] = []
     if known is not None:
         aligned = _aligned(raw, known)
-        spans = [_moved(one, raw) if isinstance(one, TokenSpan) else one for one in known.annotations]
-        spans = [one for one in spans if aligned or not isinstance(one, TokenSpan)]
+        spans = [_moved(one, raw) for one in known.annotations if aligned or not isinstance(one, TokenSpan)]
+        kept = [one for one in spans if one is not None]
         facts = {
             "id": known.id,
             "labels": dict(known.labels),
             "tags": known.tags,
             "prompt_set": known.prompt_set,
             "turns": [_moved_turn(one, raw) for one in known.turns] if aligned else (),
-            "annotations": [one for one in spans if not isinstance(one, TokenSpan) or one.token_end > one.token_start],
+            "annotations": kept,
         }
         if not aligned and (known.turns or len(spans) < len(known.annotations)):
             notes.append(
@@ -169,8 +169,13 @@ def _aligned(raw: RawFile, known: Transcript) -> bool:
     return bool(np.array_equal(there, raw.token_ids))
 
 
-def _moved(one: TokenSpan, raw: RawFile) -> TokenSpan:
+def _moved(one: Span, raw: RawFile) -> Span | None:
+    """Return a span as it counts from the first token with rows; None where none of it is there any more."""
+    if not isinstance(one, TokenSpan):
+        return one
     start, end = _clipped(one.token_start, raw), _clipped(one.token_end, raw)
+    if start == end and one.token_start < one.token_end:
+        return None
     return TokenSpan(token_start=start, token_end=end, label=one.label)
 
 

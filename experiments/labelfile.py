@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,8 @@ def read_labels(path: str | Path) -> Labels:
         named = document.items()
         records = [({"rollout_id": key, **one} if isinstance(one, dict) else one, 0) for key, one in named]
     else:
-        records = lines if document is None else [(one, n + 1) for n, one in enumerate(document or [])]
+        many = document if isinstance(document, list) else [document]
+        records = lines or [(one, n + 1) for n, one in enumerate(many)]
     return Labels(labels=_records(records, path))
 
 
@@ -139,7 +141,7 @@ def _typed(cells: list[str]) -> list[LabelValue | None]:
 
 
 def _is(kind: type[int] | type[float], text: str) -> bool:
-    if "_" in text or (kind is int and len(text.lstrip("+-")) > 1 and text.lstrip("+-").startswith("0")):
+    if "_" in text or re.match(r"[+-]?0\d", text):
         return False  # "007" is a name
     try:
         value = kind(text)
