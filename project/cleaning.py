@@ -2,14 +2,38 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from datastore.query import Store
+from datastore.results import read_results
 from datastore.scores import Place
+from datastore.storage import attributes, numbered
 
 __all__ = ["calibrated_dims", "top_dims"]
 
 
 def top_dims(store: Store, component: str, *, out: str | Path | None = None) -> dict[int, tuple[int, ...]]:
-    """Return the top dimensions by layer, largest first, of the newest calibration; none where there is none."""
+    """Return the top dimensions by layer, largest first, of the component's newest calibration.
+
+    Parameters
+    ----------
+    store : Store
+    component : str
+    out : path, optional
+        A store of results beside it, where a calibration counts before those in the store.
+
+    Returns
+    -------
+    mapping of layer to dimensions
+        Empty where the component was never calibrated.
+    """
+    for path in [place for place in (out and Path(out), store.path) if place and place.is_dir()]:
+        for number in reversed(numbered(path / "calibration")):
+            if attributes(path / "calibration" / f"{number:04d}").get("component") != component:
+                continue
+            ((_, found),) = read_results(path, "calibration", numbers=[number])
+            rows = zip(found["layer"].values, np.atleast_2d(found["top_dims"].values), strict=True)
+            return {int(layer): tuple(int(dim) for dim in dims if dim >= 0) for layer, dims in rows}
     return {}
 
 
