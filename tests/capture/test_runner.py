@@ -1,8 +1,10 @@
 """A model's rows as they lie in the store: bits of transformers itself, whatever the order, the halving, the growth."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from capture.bundled import MODEL
 from capture.errors import CaptureError, RequestError
 from capture.loading import Loaded, describe, load
 from capture.runner import Tick, carry_out
+from datastore.errors import ReadOnlyError
 from datastore.schema import Rollout
 from tests.capture import cli, stored, tiny
 
@@ -269,6 +272,26 @@ def test_chunks_that_are_there_need_no_room_again(
         take(loaded, tmp_path / "s.zarr")
     monkeypatch.setattr("datastore.storage.free_bytes", lambda _: 10**7 - there)
     assert take(loaded, tmp_path / "s.zarr").captures == [1]
+
+
+@pytest.fixture
+def unwritable() -> Iterator[Path]:
+    """A directory that this process may read and not write, also where the tests are run by root."""
+    directory = Path(tempfile.mkdtemp())
+    directory.chmod(0o555)
+    me = os.geteuid()
+    if me == 0:
+        os.seteuid(65534)
+    yield directory
+    os.seteuid(me)
+    directory.chmod(0o755)
+    shutil.rmtree(directory)
+
+
+def test_a_directory_that_can_not_be_written_is_one_sentence(loaded: Loaded, unwritable: Path) -> None:
+    with Starved(loaded.model, 10**6) as model, pytest.raises(ReadOnlyError, match=r"s\.zarr can't be written .*nothing was captured"):
+        take(loaded, unwritable / "s.zarr")
+    assert model.fitted == 0
 
 
 def test_another_environment_does_not_go_on_with_a_plan(loaded: Loaded, tmp_path: Path) -> None:
