@@ -289,7 +289,8 @@ def unwritable() -> Iterator[Path]:
 
 
 def test_a_directory_that_can_not_be_written_is_one_sentence(loaded: Loaded, unwritable: Path) -> None:
-    with Starved(loaded.model, 10**6) as model, pytest.raises(ReadOnlyError, match=r"s\.zarr can't be written .*nothing was captured"):
+    message = r"s\.zarr can't be written .*nothing was captured"
+    with Starved(loaded.model, 10**6) as model, pytest.raises(ReadOnlyError, match=message):
         take(loaded, unwritable / "s.zarr")
     assert model.fitted == 0
 
