@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from datastore import storage
 from datastore.errors import AbsentError, CorruptError, DatastoreError
 from datastore.schema import ComponentSpec
-from datastore.union import Capture, Union, load_capture, load_drops
+from datastore.union import Capture, Union, load_captures, load_drops
 
 __all__ = ["Cells", "Snapshot", "latest", "opened", "snapshot"]
 
@@ -70,8 +70,8 @@ def opened(what: Snapshot) -> "Cells":
         A capture is gone, or is another one.
     """
     try:
-        captures = [load_capture(what.path / "captures" / f"{n:04d}", n) for n, _ in what.captures]
         drops = load_drops(what.path, what.dropped)
+        captures = load_captures(what.path, (n for n, _ in what.captures), drops)
     except CorruptError:
         _check(what, (n for n, _ in what.captures))
         raise
@@ -173,7 +173,8 @@ class Cells:
         """Row of each rollout in the table of its newest capture."""
         found = np.zeros(len(self.ids), dtype=np.int64)
         for place, rollouts in enumerate(self.members):
-            rows = np.flatnonzero((rollouts >= 0) & (self.newest[rollouts] == place))
+            rows = np.flatnonzero(rollouts >= 0)
+            rows = rows[self.newest[rollouts[rows]] == place]
             found[rollouts[rows]] = rows
         return found
 
@@ -208,14 +209,14 @@ class Cells:
             mine = self.newest == place
             sha256[mine] = np.array(capture.token_sha256, dtype=object)[self.described_at[mine]]
         models = np.array([c.model for c in self.captures], dtype=object)
-        return [
-            (rollouts >= 0)
-            & (sha256[rollouts] == np.array(capture.token_sha256, dtype=object))
-            & (models[self.newest[rollouts]] == capture.model)
-            if len(rollouts)
-            else np.zeros(0, dtype=np.bool_)
-            for capture, rollouts in zip(self.captures, self.members, strict=True)
-        ]
+        found = []
+        for capture, rollouts in zip(self.captures, self.members, strict=True):
+            rows = np.flatnonzero(rollouts >= 0)
+            one, tokens = rollouts[rows], np.array(capture.token_sha256, dtype=object)[rows]
+            mine = np.zeros(len(rollouts), dtype=np.bool_)
+            mine[rows] = (sha256[one] == tokens) & (models[self.newest[one]] == capture.model)
+            found.append(mine)
+        return found
 
     def where(self, component: str, layer: int) -> tuple[Ints, Ints]:
         """Return for each rollout the capture that holds the cell and the row there; -1 where it is not captured."""

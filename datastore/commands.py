@@ -111,7 +111,7 @@ def head(
     tokens = opened.tokens(rollout).head(limit)
     records: list[dict[str, Any]] = [{str(k): v for k, v in row.items()} for row in tokens.to_dict("records")]
     component = (console.parse_list(components) or opened.components[:1])[0]
-    norms = _norms(opened, component, rollout, limit)
+    norms = _norms(opened, component, rollout, limit=limit)
     if as_json:
         console.emit_json([row | {"norm": {n: norms[n][i] for n in norms}} for i, row in enumerate(records)])
         return
@@ -124,7 +124,7 @@ def head(
     _print_table(columns, rows)
 
 
-def _norms(opened: "Store", component: str, rollout: str, limit: int) -> dict[int, list[float]]:
+def _norms(opened: "Store", component: str, rollout: str, *, limit: int) -> dict[int, list[float]]:
     """Norms of the first tokens by layer, from the statistics or, without them, from the rows."""
     import numpy as np
 

@@ -15,7 +15,7 @@ from datastore.errors import CorruptError, DatastoreError, PlanError
 from datastore.partials import ChunkId, Partials, chunks_within, grid_index
 from datastore.schema import SEGMENTS, STATISTICS, Plan
 from datastore.stats import Key, Moments
-from datastore.union import load_drops, load_union
+from datastore.union import load_drops, load_union, plan_of
 
 __all__ = ["Combiner", "commit_group", "committed_as"]
 
@@ -195,6 +195,6 @@ def committed_as(store: Path, plan: Plan) -> int:
         It was not.
     """
     for number in reversed(storage.numbered(store / "captures")):
-        if storage.attributes(store / "captures" / f"{number:04d}").get("plan") == plan.key:
+        if plan_of(store / "captures" / f"{number:04d}") == plan.key:
             return number
     raise DatastoreError(f"the plan {plan.key} is neither on disk nor among the captures of {store}; plan again")

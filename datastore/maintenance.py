@@ -63,21 +63,13 @@ def plan_drop(
             )
     one = Drop(captures=tuple(c.number for c in union.captures), **named)  # type: ignore[arg-type]
     lost = {
-        name: sum(_within(one, name, layer, component) for layer, component in union.cells_of(name))
+        name: sum(one.names(name, layer=layer, component=component) for layer, component in union.cells_of(name))
         for name in union.rollout_ids
     }
     cells = sum(lost.values())
     if not cells:
         raise MisuseError(f"none of this is captured in {store}, so there is nothing to drop")
     return Dropping(drop=one, rollouts=tuple(name for name, n in lost.items() if n), cells=cells)
-
-
-def _within(one: Drop, rollout_id: str, layer: int, component: str) -> bool:
-    return (
-        (one.rollouts is None or rollout_id in one.rollouts)
-        and (one.layers is None or layer in one.layers)
-        and (one.components is None or component in one.components)
-    )
 
 
 def drop(

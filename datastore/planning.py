@@ -26,7 +26,7 @@ from datastore.capture_group import build_group
 from datastore.errors import PlanError
 from datastore.partials import Partials
 from datastore.schema import Batch, Codec, ComponentSpec, Plan, Rollout, digest
-from datastore.union import Capture, Union, load_union
+from datastore.union import Capture, Union, gone, load_union, plan_of
 
 __all__ = ["PlanFile", "lay_down", "plan", "plans_directory", "read_plan"]
 
@@ -251,12 +251,13 @@ def _used(request: Request, names: Sequence[str]) -> dict[int, bytes]:
 
 
 def _earlier(union: Union, cells: Cells, names: Sequence[str]) -> tuple[int, ...]:
-    return tuple(
+    held = (
         capture.number
         for capture in union.captures
         if any(c in capture.components and n in capture.layers for c, n in cells)
         and any(name in capture.rows for name in names)
     )
+    return tuple(sorted({*held, *gone(union.drops)}))  # what is gone may be unreadable: it may have held them
 
 
 def _is_store(path: Path) -> bool:
@@ -379,7 +380,7 @@ def _clear_committed(plans: Path) -> None:
 
 def _refuse_committed(store: Path, plan: Plan) -> None:
     for number in storage.numbered(store / "captures"):
-        if storage.attributes(store / "captures" / f"{number:04d}").get("plan") == plan.key:
+        if plan_of(store / "captures" / f"{number:04d}") == plan.key:
             raise PlanError(
                 f"this plan was carried out already, by another process, as capture {number} of {store}; plan again to "
                 "see what is missing"

@@ -6,6 +6,7 @@ counts, and what older captures hold of it from other tokens or another model no
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,19 @@ from datastore.layout import Ragged
 from datastore.schema import ComponentSpec, Rollout, digest
 from datastore.storage import attributes, numbered, read_array
 
-__all__ = ["Capture", "Cell", "Drop", "Union", "load_capture", "load_drops", "load_union", "model_identity"]
+__all__ = [
+    "Capture",
+    "Cell",
+    "Drop",
+    "Union",
+    "gone",
+    "load_capture",
+    "load_captures",
+    "load_drops",
+    "load_union",
+    "model_identity",
+    "plan_of",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,11 +132,19 @@ class Drop:
     layers: frozenset[int] | None = None
     components: frozenset[str] | None = None
 
+    @property
+    def everything(self) -> bool:
+        """Whether it leaves nothing of its captures."""
+        return self.rollouts is None and self.layers is None and self.components is None
+
     def hits(self, capture: int, rollout_id: str, *, layer: int, component: str) -> bool:
         """Whether it drops this cell of this capture."""
+        return capture in self.captures and self.names(rollout_id, layer=layer, component=component)
+
+    def names(self, rollout_id: str, *, layer: int, component: str) -> bool:
+        """Whether it drops this cell of the captures that it is about."""
         return (
-            capture in self.captures
-            and (self.rollouts is None or rollout_id in self.rollouts)
+            (self.rollouts is None or rollout_id in self.rollouts)
             and (self.layers is None or layer in self.layers)
             and (self.components is None or component in self.components)
         )
@@ -317,8 +338,19 @@ def _some(names: Iterable[str], most: int = 8) -> str:
 
 def load_union(path: Path) -> Union:
     """Read the metadata and tables of all captures of a store and the record of what was dropped."""
-    captures = [load_capture(path / "captures" / f"{n:04d}", n) for n in numbered(path / "captures")]
-    return Union(captures, load_drops(path))
+    drops = load_drops(path)
+    return Union(load_captures(path, numbered(path / "captures"), drops), drops)
+
+
+def load_captures(path: Path, numbers: Iterable[int], drops: Sequence[Drop]) -> list[Capture]:
+    """Read the metadata and tables of captures; one that was dropped whole is left out, for it may be unreadable."""
+    dropped = gone(drops)
+    return [load_capture(path / "captures" / f"{n:04d}", n) for n in numbers if n not in dropped]
+
+
+def gone(drops: Iterable[Drop]) -> frozenset[int]:
+    """Return the captures that were dropped whole: nothing of them is ever read."""
+    return frozenset(n for one in drops if one.everything for n in one.captures)
 
 
 def load_capture(path: Path, number: int) -> Capture:
@@ -356,3 +388,10 @@ def load_drops(path: Path, numbers: Iterable[int] | None = None) -> list[Drop]:
 
 def _set(values: Iterable[Any] | None) -> frozenset[Any] | None:
     return None if values is None else frozenset(values)
+
+
+def plan_of(capture: Path) -> str | None:
+    """Return the key of the plan that a capture carried out; None where a dropped one can't be read any more."""
+    with suppress(CorruptError):
+        return str(attributes(capture).get("plan"))
+    return None
