@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from experiments.direction import Direction
     from project.criteria import Criteria
+    from project.fit import Fitted, fit_directions
+    from project.groups import Family, aligned, compare, families, lag_correlation, rollout_correlation
+    from project.modeldiff import difference, model_diff
+    from project.positions import tokens_at
     from project.ranking import RULES, Best, Rules, rank
     from project.run import Work, scores, stored_scores, work
     from project.scoring import (
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
         velocity,
     )
     from project.selection import Selection, select
+    from project.spans import top_spans
     from project.statistics import (
         Interval,
         auroc,
@@ -40,6 +45,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "experiments.direction": ("Direction",),
     "project.criteria": ("Criteria",),
+    "project.fit": ("Fitted", "fit_directions"),
+    "project.groups": ("Family", "aligned", "compare", "families", "lag_correlation", "rollout_correlation"),
+    "project.modeldiff": ("difference", "model_diff"),
+    "project.positions": ("tokens_at",),
     "project.ranking": ("RULES", "Best", "Rules", "rank"),
     "project.run": ("Work", "scores", "stored_scores", "work"),
     "project.scoring": (
@@ -58,6 +67,7 @@ _HOMES = {
         "velocity",
     ),
     "project.selection": ("Selection", "select"),
+    "project.spans": ("top_spans",),
     "project.statistics": (
         "Interval",
         "auroc",
@@ -75,10 +85,13 @@ __all__ = [
     "Best",
     "Criteria",
     "Direction",
+    "Family",
+    "Fitted",
     "Interval",
     "Rules",
     "Selection",
     "Work",
+    "aligned",
     "auroc",
     "bootstrap_auroc",
     "bootstrap_difference",
@@ -86,19 +99,28 @@ __all__ = [
     "centred",
     "clean_norms",
     "clean_scores",
+    "compare",
     "cosine",
+    "difference",
     "effect_size",
     "ensemble",
+    "families",
+    "fit_directions",
+    "lag_correlation",
     "less_baseline",
+    "model_diff",
     "normalised",
     "paired_effect_size",
     "rank",
+    "rollout_correlation",
     "score_block",
     "scores",
     "select",
     "smooth",
     "stored_scores",
     "token_norms",
+    "tokens_at",
+    "top_spans",
     "unit",
     "unit_columns",
     "velocity",

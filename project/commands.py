@@ -323,3 +323,86 @@ def _show(
         for one in skipped:
             left_out.add_row(one["trait"], one["requested"], one["why"])
         console.stdout().print(left_out)
+
+
+@app.command("fit")
+def fit(
+    *,
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store.")],
+    label: Annotated[
+        str, typer.Option("--label", metavar="LABEL", help="A true-or-false label, LABEL=VALUE, or a condition.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the vector tree is written.")],
+    method: Annotated[str, typer.Option("--method", metavar="mean_diff|probe|random")] = "mean_diff",
+    position: Annotated[
+        str, typer.Option("--position", help='Tokens to average: "response[:5]", "turn[2]:thinking[:]", "all[:]"...')
+    ] = "response[:]",
+    component: Annotated[str, typer.Option("--component", help="Which tensor of each layer.")] = "residual",
+    layers: Annotated[str | None, typer.Option("--layers", metavar="SPEC", help="16, 10-20 by commas; all.")] = None,
+    trait: Annotated[str | None, typer.Option("--trait", metavar="CATEGORY/NAME")] = None,
+    variant: Annotated[str, typer.Option("--variant", help="Model variant to write the vectors under.")] = "base",
+    group: Annotated[
+        str | None,
+        typer.Option("--group", metavar="LABEL", help="Rollouts of one value stay on one side."),
+    ] = None,
+    held_out: Annotated[float, typer.Option("--held-out", help="Share of the rollouts to judge by.")] = 0.3,
+    seed: Annotated[int, typer.Option("--seed", help="Of the split and the controls.")] = 0,
+    ids: console.Ids = None,
+    where: console.Where = None,
+    limit: console.Limit = None,
+    memory: console.Memory = console.DEFAULT_MEMORY,
+    as_json: console.Json = False,
+) -> None:
+    """Learn a direction from the store and write it as a vector tree."""
+    from datastore.choose import choose
+    from experiments.vectors import write_directions
+    from project.fit import fit_directions
+    from project.report import fitted_rows
+
+    opened = _opened(store)
+    chosen = choose(opened.rollouts, ids=console.parse_list(ids), where=where, limit=limit)
+    found = fit_directions(
+        opened,
+        label,
+        layers=_layer_numbers(opened, component, layers),
+        method=method,
+        position=position,
+        component=component,
+        trait=trait,
+        rollouts=chosen,
+        group=group,
+        held_out=held_out,
+        seed=seed,
+        memory=memory,
+    )
+    written = write_directions(out, [one.direction for one in found], variant=variant)
+    rows = fitted_rows(found, written)
+    if as_json:
+        console.emit_json({"fitted": rows})
+        return
+    from rich.table import Table
+
+    table = Table("layer", "AUROC held out", "shuffled", "token ids only", "fitted on", "judged by", "file")
+    for row in rows:
+        interval = f"{row['auroc']:.3f} [{row['auroc_low']:.3f}, {row['auroc_high']:.3f}]"
+        controls = [f"{row[key]:.3f}" for key in ("auroc_shuffled", "auroc_token_ids")]
+        table.add_row(str(row["layer"]), interval, *controls, str(row["n_fitted"]), str(row["n_judged"]), row["file"])
+    console.stdout().print(table)
+
+
+def _layer_numbers(store: "Store", component: str, spec: str | None) -> list[int] | None:
+    """Read a layer spec against the layers that are captured."""
+    from project.layerspec import parse_layer_requests, snapped
+
+    if spec is None or spec == "all":
+        return None
+    captured = [int(layer) for layer in store.captured(component).columns]
+    found: list[int] = []
+    for request in parse_layer_requests(spec):
+        if request.offset is not None:
+            raise typer.BadParameter(f"--layers {request.text!r} asks for a best layer, and nothing is fitted yet.")
+        if request.span is not None:
+            found += [layer for layer in captured if layer in request.span]
+        elif request.layer is not None:
+            found.append(snapped(request.layer, captured, within=0))
+    return sorted(set(found))

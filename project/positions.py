@@ -10,16 +10,20 @@ slice   one index, or a:b, or :, counted within the frame; what lies outside is 
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from xarray.core import indexing
 
+from datastore.axis import Axis
 from datastore.errors import MisuseError
+from datastore.lazy import TokenArray
 from datastore.query import Store
 
-__all__ = ["FRAMES", "Position", "parse_position", "tokens_at"]
+__all__ = ["FRAMES", "Position", "parse_position", "token_columns", "tokens_at", "tokens_of"]
 
 FRAMES = ("prompt", "response", "thinking", "system", "tool_call", "tool_result", "all")
 _ROLE = {"prompt": "user", "response": "assistant", "thinking": "assistant", "system": "system", "tool_result": "tool"}
@@ -82,16 +86,34 @@ def parse_position(text: str) -> Position:
 
 def tokens_at(store: Store, position: Position | str, rollout_id: str) -> NDArray[np.int64]:
     """Return the positions in a rollout that a position names, ascending; empty where it has no such tokens."""
+    return tokens_of(store, position, [rollout_id])[rollout_id]
+
+
+def tokens_of(store: Store, position: Position | str, rollouts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """Return the positions that a position names in each of some rollouts."""
     asked = parse_position(position) if isinstance(position, str) else position
-    annotated = store.annotations
-    spans = annotated[(annotated["rollout_id"] == rollout_id) & (annotated["label"] == "tool_call")]
-    return in_frame(_tokens(store, rollout_id), asked, spans=spans)[asked.start : asked.stop]
+    spans = {}
+    if asked.frame == "tool_call":
+        annotated = store.annotations
+        spans = dict(list(annotated[annotated["label"] == "tool_call"].groupby("rollout_id")))
+    nothing = pd.DataFrame({"token_start": [], "token_end": []}, dtype=np.int64)
+    columns = token_columns(store, rollouts, ("token_id", "segment", "role", "turn", "thinking"))
+    return {
+        name: in_frame(tokens, asked, spans=spans.get(name, nothing))[asked.start : asked.stop]
+        for name, tokens in columns.items()
+    }
 
 
-def _tokens(store: Store, rollout_id: str) -> pd.DataFrame:
-    rows = store.dataset().sel(rollout=rollout_id)
-    names = ("token_id", "segment", "role", "turn", "thinking")
-    return pd.DataFrame({name: np.asarray(rows[name].values) for name in names})
+def token_columns(store: Store, rollouts: Sequence[str], names: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Read coordinates of the tokens of some rollouts, each coordinate once."""
+    cells = store.cells
+    rollout = np.array([cells.index[name] for name in rollouts], np.int64)
+    axis = Axis(rollout, np.zeros_like(rollout), cells.counts[rollout])
+    key = indexing.BasicIndexer((slice(None),))
+    table = pd.DataFrame({name: TokenArray(cells, name, axis=axis)[key] for name in names})
+    return {
+        name: table.iloc[axis.edges[i] : axis.edges[i + 1]].reset_index(drop=True) for i, name in enumerate(rollouts)
+    }
 
 
 def in_frame(tokens: pd.DataFrame, position: Position, *, spans: pd.DataFrame) -> NDArray[np.int64]:

@@ -1,13 +1,16 @@
 """The table of directions as it is printed: which were scored, why these, and their mean score."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from project.fit import Fitted
 from project.selection import Selection
 
-__all__ = ["direction_rows"]
+__all__ = ["direction_rows", "fitted_rows"]
 
 _NAMES = ("trait", "layer", "requested", "method", "component", "source", "why", "sha256", "baseline", "file")
 
@@ -29,4 +32,25 @@ def direction_rows(chosen: Selection, found: xr.Dataset | None, *, segment: str 
             "mean_score": means.get((str(row["sha256"]), int(row["layer"]))),
         }
         for row in chosen.directions.to_dict("records")
+    ]
+
+
+def fitted_rows(fitted: Sequence[Fitted], files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return a row for each fitted direction and the file that it was written to."""
+    return [
+        {
+            "trait": one.direction.trait,
+            "layer": one.direction.layer,
+            "auroc": one.auroc.value,
+            "auroc_low": one.auroc.low,
+            "auroc_high": one.auroc.high,
+            "auroc_shuffled": one.shuffled.value,
+            "auroc_shuffled_low": one.shuffled.low,
+            "auroc_shuffled_high": one.shuffled.high,
+            "auroc_token_ids": one.token_ids,
+            "n_fitted": one.n_fitted,
+            "n_judged": one.n_judged,
+            "file": str(file),
+        }
+        for one, file in zip(fitted, files, strict=True)
     ]
