@@ -1,17 +1,22 @@
 """Calibration of the golden tree: the same keys and the same values as the old tool wrote, from statistics alone."""
 
 import json
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
+import calibrate
 from calibrate import formulas
 from calibrate.export import aggregate, alignment_range, massive_dims
 from datastore.stats import Moments
+from tests.calibrate.stores import build
 
 INSTRUCT = Path(__file__).parents[1] / "data" / "golden" / "toy_experiment" / "inference" / "instruct"
 LAYERS = (1, 3, 5)
@@ -75,3 +80,53 @@ def test_per_rollout_entries_round_as_the_old_ones_and_hold_no_infinity() -> Non
     ]
     spread = formulas.Spread.of([0.98765]).finalise()
     assert alignment_range(spread).model_dump() == {"mean": 0.9877, "min": 0.9877, "max": 0.9877, "std": None}
+
+
+@pytest.fixture(scope="module", params=["rollout", "capture", "none"])
+def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> calibrate.Calibration:
+    """The golden activations in a store, in chunks of four tokens, calibrated."""
+    halves = {i: [stored(i, half, 1) for half in ("prompt", "response")] for i in (1, 2, 3)}
+    rows = {
+        str(i): {
+            layer: np.concatenate([stored(i, h, layer).reshape(-1, 64) for h in ("prompt", "response")])
+            for layer in LAYERS
+        }
+        for i in halves
+    }
+    ends = {str(i): len(prompt) for i, (prompt, _) in halves.items()}
+    path = tmp_path_factory.mktemp("golden") / "set1.zarr"
+    return calibrate.fit(build(path, {"residual": rows}, ends, level=request.param, most_tokens=4))
+
+
+def test_a_store_gives_the_file_of_the_old_tool(golden: calibrate.Calibration) -> None:
+    about: Any = {"experiment": "toy", "model_variant": "instruct", "prompt_set": "set1"}
+    ours = json.loads(calibrate.massive_file(golden.data, **about).model_dump_json(exclude_unset=True))
+    cosines = ours["aggregate"].pop("consecutive_cosine")
+    assert ours.pop("layers") == list(LAYERS)
+    assert ours == json.loads((INSTRUCT / "massive_activations" / "set1.json").read_text())
+    means = golden.data["mean"].values
+    want = [round(float(a @ b) / (math.hypot(*a) * math.hypot(*b)), 4) for a, b in pairwise(means)]
+    assert cosines == dict(zip("13", want, strict=True))
+
+
+def test_how_the_recommended_dims_behave(golden: calibrate.Calibration) -> None:
+    """Every number of `per_layer_stats.json` from its definition, over the responses; there is no golden file of it."""
+    ours = calibrate.per_layer_file(golden.data, experiment="toy", model_variant="instruct")
+    tops = golden.data["top_dims"].values
+    assert ours.massive_dims == formulas.recommended_dims(tops).tolist() == [5, 52]
+    assert (ours.layers, ours.n_layers) == (list(LAYERS), 3)
+    for layer in LAYERS:
+        parts = [stored(i, "response", layer).reshape(-1, 64) for i in (1, 2, 3)]
+        parts = [part if len(part) else stored(i, "prompt", layer) for i, part in zip((1, 2, 3), parts, strict=True)]
+        magnitude = np.abs(np.concatenate(parts).astype(np.float64))
+        assert ours.n_tokens == len(magnitude)
+        base = sorted(magnitude.mean(axis=0))[31]
+        for dim in ours.massive_dims:
+            column = magnitude[:, dim]
+            want = {
+                "ratio": column.mean() / base,
+                "cv": column.std() / column.mean(),
+                "p5_ratio": np.percentile(column, 5) / base,
+                "pct_above_10x": 100 * (column > 10 * base).mean(),
+            }
+            assert ours.per_layer[layer][dim].model_dump() == pytest.approx(want, abs=1e-4)
