@@ -234,7 +234,7 @@ def _one_rollout(root: Path) -> Row:
     """Bytes read for one rollout and layer against its share of the compressed bytes."""
     store = datastore.open(root / "run.zarr")
     array = root / "run.zarr" / "captures" / "0001" / "residual"
-    tokens = int(store.rollouts.loc["3", "n_tokens"])
+    tokens = int(store.rollouts["n_tokens"].loc["3"])
     share = size_of(array / "c") / len(LAYERS) * tokens / int(store.rollouts["n_tokens"].sum())
     lazy = store.select("residual", rollouts="3", layers=LAYERS[4])
     before = read_bytes()

@@ -22,7 +22,7 @@ LONGER: dict[str, str] = {
 WIDER = {
     "capture/forward.py:__call__": "where rows go and the rows, as Writer.put takes them",
     "capture/runner.py:_put": "the same",
-    "capture/runner.py:run": "model, tokenizer, rollouts, store: the call of the design, in the order in which one says it",
+    "capture/runner.py:run": "model, tokenizer, rollouts, store: the call of the design, in the order one says it",
     "datastore/writer.py:put": "component, layer, rollout and their rows: one place and what goes there",
 }
 
