@@ -15,7 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from xarray.core import indexing
 
-from datastore import lazy, scores, storage, stream, tables
+from datastore import lazy, results, scores, storage, stream, tables
 from datastore.axis import Axis
 from datastore.cells import Cells, Ints, latest
 from datastore.errors import AbsentError, CorruptError, DatastoreError, MisuseError
@@ -254,6 +254,24 @@ class Store:
         """
         names = None if rollouts is None else [str(self._cells.ids[i]) for i in self._chosen(rollouts)]
         return scores.read_scores(scores.load_results(self.path), self._cells, rollouts=names, traits=traits)
+
+    def calibration(self, component: str = "residual", *, number: int | None = None) -> xr.Dataset:
+        """Return a calibration that is in the store now: the newest of a component, or the one of a number.
+
+        Raises
+        ------
+        AbsentError
+            There is none.
+        """
+        numbers = None if number is None else [number]
+        kept = results.read_results(self.path, "calibration", numbers=numbers)
+        found = [one for _, one in kept if number is not None or one.attrs.get("component") == component]
+        if not found:
+            wanted = f"of {component}" if number is None else f"number {number}"
+            raise AbsentError(
+                f"{self.path} holds no calibration {wanted}; make one with python -m calibrate {self.path.name}"
+            )
+        return found[-1]
 
     # -- text ------------------------------------------------------------------------------------------------------
 

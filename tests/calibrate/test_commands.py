@@ -62,6 +62,12 @@ def test_it_keeps_results_in_the_store_and_says_what_took_a_pass(store: Path, ru
     (_, kept), (_, second) = read_results(store, "calibration")
     xr.testing.assert_allclose(kept.drop_attrs(), fitted.data.drop_attrs())
     assert second.attrs["component"] == "attn_contribution"
+    opened = datastore.open(store)
+    assert opened.calibration().identical(kept)
+    assert opened.calibration("attn_contribution").identical(second)
+    assert opened.calibration(number=1).identical(kept)
+    with pytest.raises(AbsentError, match=r"run.zarr holds no calibration of mlp_out; make one with python -m calib"):
+        opened.calibration("mlp_out")
     layer = found["calibrations"][0]["by_layer"][1]
     one = fitted.data.sel(layer=15)
     assert (layer["layer"], layer["top_dims"]) == (15, one["top_dims"].values.tolist())
