@@ -167,15 +167,33 @@ def _table(subject: Subject) -> None:
 
 
 def _hashes(subject: Subject) -> None:
+    """Compare token ids with their hashes; of a rollout whose prompt has no rows, the hash covers the prompt too."""
     capture, counts = subject.capture, subject.counts
-    ids = _read(subject, "token_id").astype("<i4")
+    ids, prefixes = _read(subject, "token_id").astype("<i4"), _Prefixes(subject)
     for row, expected in enumerate(capture.token_sha256):
-        name, (start, stop) = capture.rollout_ids[row], capture.ragged.range(row)
-        computed = np.concatenate([capture.prefix(name), ids[start:stop]]).astype("<i4")
-        found = hashlib.sha256(computed.tobytes()).hexdigest()
-        if counts[row] and found != expected.partition("+")[0]:
+        start, stop = capture.ragged.range(row)
+        before = prefixes.of(row)
+        found = hashlib.sha256(before.tobytes() + ids[start:stop].tobytes()).hexdigest()
+        found = f"{found}+{len(before)}" if len(before) else found
+        if counts[row] and found != expected:
+            name = capture.rollout_ids[row]
             what = f"the token ids of rollout {name!r} have sha256 {found[:12]}, its table says {expected[:12]}"
             subject.problem(what, rollouts=(name,))
+
+
+class _Prefixes:
+    """Token ids that were computed before the first stored ones, by row of the table."""
+
+    def __init__(self, subject: Subject) -> None:
+        rows = len(subject.capture.rollout_ids)
+        self._edges, self._ids = np.zeros(rows + 1, dtype=np.int64), np.empty(0, dtype="<i4")
+        if (subject.capture.path / "prefix").is_dir():
+            np.cumsum(_read(subject, "prefix/n_tokens"), out=self._edges[1:])
+            self._ids = _read(subject, "prefix/token_id").astype("<i4")
+
+    def of(self, row: int) -> NDArray[np.int32]:
+        """Return those of one rollout."""
+        return self._ids[self._edges[row] : self._edges[row + 1]]
 
 
 def _vocabulary(subject: Subject) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,25 @@ from datastore.verify import Report, verify
 from tests.datastore import making
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    path = tmp_path / "run.zarr"
-    making.capture(path, making.rollouts(5, 17, 3, 40, 9))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stores that the tests copy: one with statistics per capture, one whose rollouts are long enough for more."""
+    path = tmp_path_factory.mktemp("made")
+    making.capture(path / "run.zarr", making.rollouts(5, 17, 3, 40, 9))
+    long = path / "long.zarr"
+    making.capture(long, making.rollouts(2000, 1700), layers=(3,), most_tokens=512, batch_tokens=4096)
+    assert storage.attributes(capture_of(long))["statistics"] == "rollout"
     return path
 
 
 @pytest.fixture
-def long(tmp_path: Path) -> Path:
-    """A store whose rollouts are long enough for statistics per rollout."""
-    path = tmp_path / "long.zarr"
-    making.capture(path, making.rollouts(2000, 1700), layers=(3,), most_tokens=512, batch_tokens=4096)
-    assert storage.attributes(path / "captures" / "0001")["statistics"] == "rollout"
-    return path
+def store(tmp_path: Path, made: Path) -> Path:
+    return Path(shutil.copytree(made / "run.zarr", tmp_path / "run.zarr"))
+
+
+@pytest.fixture
+def long(tmp_path: Path, made: Path) -> Path:
+    return Path(shutil.copytree(made / "long.zarr", tmp_path / "long.zarr"))
 
 
 def capture_of(store: Path) -> Path:
@@ -279,6 +285,15 @@ def test_a_damaged_drop_is_found_and_the_captures_are_still_checked(store: Path)
     report = verify(store)
     assert "dropped/0001 is damaged" in only(report)
     assert report.chunks == 20
+
+
+def test_prompts_without_rows_are_part_of_the_hash(tmp_path: Path) -> None:
+    path = tmp_path / "responses.zarr"
+    prefixed = [making.rollout("a", 9, prompt_end=0, prefix=np.arange(4)), making.rollout("b", 5)]
+    making.capture(path, prefixed)
+    assert verify(path, full=True).ok
+    rewrite(path, "prefix/token_id", 2, 7)
+    assert "the token ids of rollout 'a' have sha256" in only(verify(path))
 
 
 def test_nonfinite_values_are_data_and_no_problem(tmp_path: Path) -> None:
