@@ -55,7 +55,7 @@ STATISTICS = ("count", "sum", "sum_squares", "sum_abs", "max_abs", "sum_unit", "
 CODECS = ("zstd", "lz4", "none")
 RESERVED = (
     *("layer", "token_id", "position", "segment", "role", "turn", "thinking", "rollout"),
-    *("rollouts", "annotations", "vocab", "stats"),
+    *("rollouts", "annotations", "vocab", "stats", "prefix"),
     *("token", "hidden", "row", "segment_code"),
 )
 """Names of a capture's other arrays, groups and axes."""
