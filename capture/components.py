@@ -135,7 +135,7 @@ def find_components(model: nn.Module, *, hook_paths: Mapping[str, str] | None = 
     decoder = text_decoder(model)
     config = getattr(decoder, "config", None)
     family = family_of(getattr(config, "model_type", ""))
-    blocks_path, blocks = _find_blocks(model, decoder, family, paths)
+    blocks_path, blocks = _find_blocks(model, decoder, family, hook_paths=paths)
     embedding = _embedding(decoder)
     site = _Site(
         model=model,
@@ -272,7 +272,7 @@ class _Site:
 
 
 def _find_blocks(
-    model: nn.Module, decoder: nn.Module, family: Family | None, hook_paths: Mapping[str, str]
+    model: nn.Module, decoder: nn.Module, family: Family | None, *, hook_paths: Mapping[str, str]
 ) -> tuple[str, nn.ModuleList]:
     for path in hook_paths.values():
         blocks = path.partition(".{layer}")[0]

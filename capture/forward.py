@@ -160,12 +160,12 @@ def _run_whole(job: _Job, batch: tuple[_Sequence, ...]) -> "_Rows":
         mask[row, : lengths[row]] = 1
     rows = _Rows(job.table.dtype, lengths, ids.shape[1])
     with tapped(job.model, job.hooks, rows.take):
-        _forward(job, ids, mask, 0, use_cache=False)
+        _forward(job, ids, mask, start=0, use_cache=False)
     rows.finish(job.hooks)
     return rows
 
 
-def _put_rows(job: _Job, batch: tuple[_Sequence, ...], rows: "_Rows", start: int = 0) -> None:
+def _put_rows(job: _Job, batch: tuple[_Sequence, ...], rows: "_Rows", *, start: int = 0) -> None:
     for hook in job.hooks:
         for sequence, values in zip(batch, rows.arrays(hook.component, hook.layer), strict=True):
             job.put(hook.component, hook.layer, sequence.rollout_id, values, start=start)
@@ -175,21 +175,21 @@ def _run_in_pieces(job: _Job, sequence: _Sequence, piece: int) -> None:
     """One rollout piece by piece; what was put stays, and a smaller piece goes on from there over a rebuilt cache."""
     done = 0
     while done < sequence.token_ids.size:
-        for start, stop, rows in _pieces(job, sequence, piece, done):
+        for start, stop, rows in _pieces(job, sequence, piece, done=done):
             if rows is None:
                 piece = _half_piece(sequence, min(piece, stop - start), done)
                 job.on_halve(Halved(rollout_ids=(sequence.rollout_id,), from_token=done, piece_tokens=piece))
                 break
             if start >= done:
-                _put_rows(job, (sequence,), rows, start)
+                _put_rows(job, (sequence,), rows, start=start)
                 done = stop
 
 
-def _pieces(job: _Job, sequence: _Sequence, piece: int, done: int) -> Iterator[tuple[int, int, "_Rows | None"]]:
+def _pieces(job: _Job, sequence: _Sequence, piece: int, *, done: int) -> Iterator[tuple[int, int, "_Rows | None"]]:
     cache = None
     bounds = [*range(0, done, piece), *range(done, sequence.token_ids.size, piece), sequence.token_ids.size]
     for start, stop in pairwise(bounds):
-        result = _attempt(partial(_run_piece, job, sequence, start, stop, cache))
+        result = _attempt(partial(_run_piece, job, sequence, start=start, stop=stop, cache=cache))
         if result is None:
             cache = None
             yield start, stop, None
@@ -198,12 +198,11 @@ def _pieces(job: _Job, sequence: _Sequence, piece: int, done: int) -> Iterator[t
         yield start, stop, rows
 
 
-def _run_piece(job: _Job, sequence: _Sequence, start: int, stop: int, cache: Any) -> tuple["_Rows", Any]:
+def _run_piece(job: _Job, sequence: _Sequence, *, start: int, stop: int, cache: Any) -> tuple["_Rows", Any]:
     rows = _Rows(job.table.dtype, [stop - start], stop - start)
     with tapped(job.model, job.hooks, rows.take):
-        out = _forward(
-            job, sequence.token_ids[None, start:stop], np.ones((1, stop), np.int64), start, cache, use_cache=True
-        )
+        ids, mask = sequence.token_ids[None, start:stop], np.ones((1, stop), np.int64)
+        out = _forward(job, ids, mask, start=start, cache=cache, use_cache=True)
     rows.finish(job.hooks)
     cache = getattr(out, "past_key_values", None)
     if cache is None:
@@ -228,7 +227,7 @@ def _half_piece(sequence: _Sequence, tokens: int, done: int) -> int:
 
 
 def _forward(
-    job: _Job, ids: NDArray[np.int64], mask: NDArray[np.int64], start: int, cache: Any = None, *, use_cache: bool
+    job: _Job, ids: NDArray[np.int64], mask: NDArray[np.int64], *, start: int, use_cache: bool, cache: Any = None
 ) -> Any:
     device = _input_device(job.decoder)
     positions = np.broadcast_to(np.arange(start, start + ids.shape[1]), ids.shape).copy()

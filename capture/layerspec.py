@@ -46,30 +46,30 @@ def _piece(piece: str, spec: str, n_layers: int) -> range:
         return range(n_layers)
     match = _PIECE.fullmatch(piece)
     if match is None:
-        raise _refused(piece, spec, n_layers, "is not a layer, a range or a depth")
+        raise _refused(piece, "is not a layer, a range or a depth", spec=spec, n_layers=n_layers)
     first, last, step = match["first"], match["last"] or match["first"], int(match["step"] or 1)
     if first.endswith("%") != last.endswith("%"):
-        raise _refused(piece, spec, n_layers, "mixes a layer number and a depth")
+        raise _refused(piece, "mixes a layer number and a depth", spec=spec, n_layers=n_layers)
     if step == 0:
-        raise _refused(piece, spec, n_layers, "has step 0")
-    start, stop = _layer(first, piece, spec, n_layers), _layer(last, piece, spec, n_layers)
+        raise _refused(piece, "has step 0", spec=spec, n_layers=n_layers)
+    start, stop = (_layer(end, piece, spec=spec, n_layers=n_layers) for end in (first, last))
     if start > stop:
-        raise _refused(piece, spec, n_layers, "selects nothing, its end comes before its start")
+        raise _refused(piece, "selects nothing, its end comes before its start", spec=spec, n_layers=n_layers)
     return range(start, stop + 1, step)
 
 
-def _layer(end: str, piece: str, spec: str, n_layers: int) -> int:
+def _layer(end: str, piece: str, *, spec: str, n_layers: int) -> int:
     if end.endswith("%"):
         share = Fraction(end[:-1]) / 100
         if share > 1:
-            raise _refused(piece, spec, n_layers, "is deeper than 100%")
+            raise _refused(piece, "is deeper than 100%", spec=spec, n_layers=n_layers)
         return min(int(n_layers * share), n_layers - 1)
     if int(end) >= n_layers:
-        raise _refused(piece, spec, n_layers, f"names layer {end}, which does not exist")
+        raise _refused(piece, f"names layer {end}, which does not exist", spec=spec, n_layers=n_layers)
     return int(end)
 
 
-def _refused(piece: str, spec: str, n_layers: int, why: str) -> RequestError:
+def _refused(piece: str, why: str, *, spec: str, n_layers: int) -> RequestError:
     return RequestError(
         f"layers {spec!r}: {piece!r} {why}; this model has layers 0 to {n_layers - 1}, "
         "written as all, 16, 5,10, 5-20, 0-75:5, 50% or 30%-60%"

@@ -115,7 +115,7 @@ def describe(name_or_dir: str | Path, *, revision: str | None = None, trust_remo
         model_id=_directory_id(directory) if directory else name,
         revision=commit,
         config=config,
-        tokenizer=_tokenizer(name, config, revision, trust_remote_code),
+        tokenizer=_tokenizer(name, config, revision, trust_remote_code=trust_remote_code),
         n_layers=_size(text, "num_hidden_layers", name),
         hidden=_size(text, "hidden_size", name),
         context=getattr(text, "max_position_embeddings", None),
@@ -276,7 +276,7 @@ def _config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
         return CONFIG_MAPPING[native].from_dict(kept)
 
 
-def _tokenizer(name: str, config: Any, revision: str | None, trust_remote_code: bool) -> Any:
+def _tokenizer(name: str, config: Any, revision: str | None, *, trust_remote_code: bool) -> Any:
     with _as_model_error(name, "has no tokenizer that can be read"):
         return AutoTokenizer.from_pretrained(
             name, config=config, revision=revision, trust_remote_code=trust_remote_code

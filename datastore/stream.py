@@ -216,7 +216,7 @@ def _ordered(
     try:
         while group or pending:
             while group and (buffer := buffers.take(group[0])) is not None:
-                pending.append((pool.submit(_worked, work, group, buffer, later), buffer))
+                pending.append((pool.submit(_worked, work, group, buffer, later=later), buffer))
                 group, later = next(groups, (None, None))
             future, buffer = pending.popleft()
             yield future.result()
@@ -226,7 +226,7 @@ def _ordered(
 
 
 def _worked(
-    work: Callable[[_Group, NDArray[np.uint8]], R], group: _Group, buffer: NDArray[np.uint8], later: _Group | None
+    work: Callable[[_Group, NDArray[np.uint8]], R], group: _Group, buffer: NDArray[np.uint8], *, later: _Group | None
 ) -> R:
     if later and later[0].decoder is not None:
         _fetch(later[0].file)
