@@ -11,7 +11,7 @@ QUIET_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=
 TEST_ENV := $(QUIET_ENV) HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 COLUMNS=120 NO_COLOR=1
 JOBS ?= 2
 
-.PHONY: setup demo test check lint types imports bench bench-store bench-capture clean
+.PHONY: setup demo test check lint types imports bench bench-store bench-capture bench-import bench-project bench-scale clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -47,13 +47,23 @@ imports: setup
 	$(BIN)/lint-imports
 
 # Rates are ratios to references measured in the same run; the thread pools are the machine's own.
-bench: bench-store bench-capture
+bench: bench-store bench-capture bench-project
 
 bench-store: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.store $(BENCH_ARGS)
 
 bench-capture: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.capture $(BENCH_ARGS)
+
+bench-project: setup
+	$(QUIET_ENV) $(BIN)/python -m benchmarks.project $(BENCH_ARGS)
+
+# 88 GB by hard links: it takes minutes, and is no part of `make bench`.
+bench-scale: setup
+	$(QUIET_ENV) $(BIN)/python -m benchmarks.scale $(BENCH_ARGS)
+
+bench-import: setup
+	$(QUIET_ENV) $(BIN)/python -m benchmarks.exchange $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -3,12 +3,18 @@
 What computes is imported inside the commands, so that help is instant.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from datastore import console
+
+if TYPE_CHECKING:
+    from capture.components import ComponentTable
+    from capture.importing import Survey
+    from datastore.schema import Plan
 
 __all__ = ["register"]
 
@@ -74,27 +80,14 @@ def import_files(
             tick=_ticker(bar, "look"),
         )
 
-    def plan() -> Any:
+    def plan() -> "list[Plan]":
         return importing.plans_of(asked, store, replace=replace, codec=codec, most_tokens=chunk_tokens)
 
-    plans = plan()
-    planned = {one.rollout_id for p in plans for one in p.rollouts}
-    report: dict[str, Any] = {
-        "store": store,
-        "model": asked.model,
-        "files": len(asked.found),
-        "already_there": len(asked.found) - len(planned),
-        "notes": asked.notes,
-        "planned": [
-            {"rollouts": len(p.rollouts), "tokens": p.n_tokens, "layers": p.layers, "raw_bytes": p.raw_bytes}
-            | {"components": [c.name for c in p.components]}
-            for p in plans
-        ],
-    }
+    report = _what_is_planned(asked, plan()) | {"store": store}
     if not dry_run:
         try:
             with console.progress(quiet=as_json) as bar:
-                done = importing.carry_out(
+                report["imported"] = importing.carry_out(
                     asked, store, plan=plan, memory=memory, keep_going=keep_going, tick=_ticker(bar, "import")
                 )
         except KeyboardInterrupt as error:
@@ -102,8 +95,27 @@ def import_files(
                 "stopped; nothing half-done was committed, and the chunks that are finished are kept: run the same "
                 "command again to go on"
             ) from error
-        report["imported"] = done
     _say_import(report, {str(file): why for file, why in asked.skipped.items()}, as_json=as_json)
+
+
+def _what_is_planned(asked: "Survey", plans: "Sequence[Plan]") -> dict[str, Any]:
+    planned = {one.rollout_id for plan in plans for one in plan.rollouts}
+    return {
+        "model": asked.model,
+        "files": len(asked.found),
+        "already_there": len(asked.found) - len(planned),
+        "notes": asked.notes,
+        "planned": [
+            {
+                "rollouts": len(plan.rollouts),
+                "tokens": plan.n_tokens,
+                "layers": plan.layers,
+                "components": [one.name for one in plan.components],
+                "raw_bytes": plan.raw_bytes,
+            }
+            for plan in plans
+        ],
+    }
 
 
 def _say_import(report: dict[str, Any], skipped: dict[str, str], *, as_json: bool) -> None:
@@ -235,14 +247,28 @@ def list_components(
     paths = dict(one.partition("=")[::2] for one in hook_path or [])
     from capture import loading
     from capture.components import describe_components
-    from capture.errors import CaptureError
     from capture.report import ranges
-    from datastore.schema import COMPONENTS
 
     info = loading.describe(model, revision=revision, trust_remote_code=trust_remote_code)
-    table = describe_components(
-        info.config, dtype=info.dtype, hook_paths=paths, trust_remote_code=trust_remote_code
-    )
+    table = describe_components(info.config, dtype=info.dtype, hook_paths=paths, trust_remote_code=trust_remote_code)
+    rows = _component_rows(table)
+    if as_json:
+        console.emit_json({"model": info.model_id, "n_layers": table.n_layers, "components": rows})
+        return
+    from rich.table import Table
+
+    shown = Table("component", "layers", "module", "width", "dtype", title=f"{info.model_id}, {table.n_layers} layers")
+    for row in rows:
+        cells = (row.get("absent", "") and f"absent: {row['absent']}") or row["module"]
+        shown.add_row(row["component"], ranges(row["layers"]), cells, str(row.get("width", "")), row.get("dtype", ""))
+    console.stdout().print(shown)
+
+
+def _component_rows(table: "ComponentTable") -> list[dict[str, Any]]:
+    """Return a row for each component and kind of layer: where it is, or why it is not there."""
+    from capture.errors import CaptureError
+    from datastore.schema import COMPONENTS
+
     rows: list[dict[str, Any]] = []
     for name in COMPONENTS:
         found: dict[tuple[str, int, str], list[int]] = {}
@@ -261,16 +287,7 @@ def list_components(
         if why:
             absent = sorted(set(range(table.n_layers)) - {n for layers in found.values() for n in layers})
             rows.append({"component": name, "layers": absent, "absent": why})
-    if as_json:
-        console.emit_json({"model": info.model_id, "n_layers": table.n_layers, "components": rows})
-        return
-    from rich.table import Table
-
-    shown = Table("component", "layers", "module", "width", "dtype", title=f"{info.model_id}, {table.n_layers} layers")
-    for row in rows:
-        cells = (row.get("absent", "") and f"absent: {row['absent']}") or row["module"]
-        shown.add_row(row["component"], ranges(row["layers"]), cells, str(row.get("width", "")), row.get("dtype", ""))
-    console.stdout().print(shown)
+    return rows
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
@@ -303,5 +320,3 @@ def _tokenizer(name: str | None) -> Any:
 def _ticker(bar: Any, what: str) -> Any:
     task = bar.add_task(what, total=None, note="")
     return lambda done, of: bar.update(task, completed=done, total=of)
-
-

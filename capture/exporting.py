@@ -7,6 +7,7 @@ is known of the rollout. Import reads all of them back.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def plan_of(
             if have:
                 cells[component] = have
         if cells:
-            path, response = _paths(directory, form, name, str(store.rollouts.at[name, "prompt_set"]), variant)
+            prompt_set = str(store.rollouts.at[name, "prompt_set"])
+            path, response = _paths(directory, name, form=form, prompt_set=prompt_set, variant=variant)
             exports.append(Export(rollout_id=name, path=path, response=response, cells=cells))
     if not exports:
         raise RequestError(
@@ -101,7 +103,7 @@ def plan_of(
     return exports
 
 
-def _paths(directory: Path, form: str, name: str, prompt_set: str, variant: str) -> tuple[Path, Path | None]:
+def _paths(directory: Path, name: str, *, form: str, prompt_set: str, variant: str) -> tuple[Path, Path | None]:
     stem = quote(name, safe=" ()+,;=@[]{}!#$&'~") if not name.startswith(".") else "%2E" + quote(name[1:], safe="")
     if form != "pt":
         return directory / f"{stem}.{form}", None
@@ -143,13 +145,18 @@ def carry_out(
     kept = 0
     directory.mkdir(parents=True, exist_ok=True)
     spans = {str(name): group for name, group in store.annotations.groupby("rollout_id")}
-    for number, one in enumerate(exports):
-        record = record_of(store, one.rollout_id, spans.get(one.rollout_id), stem=one.path.stem)
-        one.path.parent.mkdir(parents=True, exist_ok=True)
-        if one.response is not None:
-            kept += not _write_new(one.response, record)
-        write_raw(one.path, _values(store, one), record, overwrite=overwrite)
-        tick(number + 1, len(exports))
+    with ThreadPoolExecutor(1, thread_name_prefix="export-read") as ahead:
+        reading: list[Future[dict[tuple[str, int], NDArray[Any]]]] = []
+        for number, one in enumerate(exports):
+            # The next rollout is decoded while this one is written.
+            reading += [ahead.submit(_values, store, later) for later in exports[len(reading) : number + 2]]
+            record = record_of(store, one.rollout_id, spans.get(one.rollout_id), stem=one.path.stem)
+            one.path.parent.mkdir(parents=True, exist_ok=True)
+            if one.response is not None:
+                kept += not _write_new(one.response, record)
+            write_raw(one.path, reading[number].result(), record, overwrite=overwrite)
+            reading[number] = Future()  # its rows are not held any longer
+            tick(number + 1, len(exports))
     if exports[0].response is not None:
         _write_new(directory / "config.json", _config(store, variant))
     storage.sync_files(directory)
@@ -157,11 +164,11 @@ def carry_out(
 
 
 def _values(store: Store, one: Export) -> dict[tuple[str, int], NDArray[Any]]:
-    found = {}
-    for component, layers in one.cells.items():
-        values = np.asarray(store.select(component, rollouts=one.rollout_id, layers=list(layers), raw=True).values)
-        found.update({(component, layer): values[:, i] for i, layer in enumerate(layers)})
-    return found
+    return {
+        (component, layer): np.asarray(store.select(component, rollouts=one.rollout_id, layers=layer, raw=True).values)
+        for component, layers in one.cells.items()
+        for layer in layers
+    }
 
 
 def _write_new(path: Path, value: Mapping[str, Any]) -> bool:

@@ -74,7 +74,7 @@ def label(path: Path, files: Sequence[Path], *, dry_run: bool = False) -> Labell
     done.rollouts = len({*labels, *spans})
     done.unlabelled = len(known) - done.rollouts
     _check(store.rollouts, labels, done)
-    annotations = {name: _ranges(store, name, many, done) for name, many in spans.items()}
+    annotations = {name: _ranges(store, name, many, done=done) for name, many in spans.items()}
     done.annotations = sum(map(len, annotations.values()))
     if not dry_run:
         source = {"source": [file.name for file in files]}
@@ -122,7 +122,7 @@ def _known(table: pd.DataFrame, name: str) -> list[Any]:
     return [v for v in table[name].tolist() if v is not None and v == v] if name in table else []
 
 
-def _ranges(store: Store, rollout_id: str, spans: Sequence[Span], done: Labelled) -> list[Annotation]:
+def _ranges(store: Store, rollout_id: str, spans: Sequence[Span], *, done: Labelled) -> list[Annotation]:
     n, found = int(store.rollouts["n_tokens"][rollout_id]), []
     for span in spans:
         if isinstance(span, TextSpan):

@@ -7,7 +7,7 @@ The reader is `datastore.tables`: of several values of a rollout's label that of
 """
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def add_labels(
             found = {"label": label, "missing": missing}
             storage.write_array(aside / "labels" / label_file(label), values, dims=("row",), attrs=found)
 
-    return _publish(store, "labels", write, attrs)
+    return _publish(store, "labels", write, attrs=attrs)
 
 
 def add_annotations(
@@ -101,7 +101,7 @@ def add_annotations(
             storage.write_array(aside / column, values, dims=("annotation",))
         _write_text(aside / "label", [one.label for _, one in spans], "annotation")
 
-    return _publish(store, "annotations", write, attrs)
+    return _publish(store, "annotations", write, attrs=attrs)
 
 
 def _check(label: str, values: Sequence[Any]) -> None:
@@ -120,7 +120,7 @@ def _write_text(path: Path, values: Sequence[str], dim: str) -> None:
     storage.write_array(path, array, dims=(dim,))
 
 
-def _publish(store: Path, kind: str, write: Any, attrs: Mapping[str, Any] | None) -> int:
+def _publish(store: Path, kind: str, write: Callable[[Path], None], *, attrs: Mapping[str, Any] | None) -> int:
     storage.open_root(store)
     into = store / kind
     aside = into / f"{uuid.uuid4().hex}.partial"

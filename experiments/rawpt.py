@@ -39,7 +39,7 @@ def read(path: Path) -> RawFile:
     """Describe a `.pt` file; see `read_raw`."""
     fingerprint = _scan(path)
     parts = _load(path)
-    ids = [integers(path, _get(path, parts, part, "token_ids"), f"{part} token ids") for part in PARTS]
+    ids = [integers(path, _get(path, parts, part, key="token_ids"), f"{part} token ids") for part in PARTS]
     arrays = [_arrays(path, parts, part, n=len(own)) for part, own in zip(PARTS, ids, strict=True)]
     prompt, response = arrays
     one_sided = sorted(prompt.keys() ^ response.keys())
@@ -94,10 +94,13 @@ def write(path: Path, arrays: Mapping[tuple[str, int], NDArray[Any]], record: Ma
 
 
 def _tensor(values: NDArray[Any]) -> Any:
-    """Return rows as a tensor over their own memory: `torch.save` writes all of the storage that a tensor views."""
+    """Return rows as a tensor whose storage is these rows: `torch.save` writes all of the storage that a tensor views.
+
+    A storage that torch makes over an array ends with the array, also where that is part of a larger one.
+    """
     import torch
 
-    own = np.ascontiguousarray(values) if values.base is None and values.flags.c_contiguous else values.copy()
+    own = np.require(values, requirements=("C", "W"))  # torch warns of memory that it could not write to
     bits = _BITS.get(str(own.dtype))
     return torch.from_numpy(own.view(bits)).view(torch.bfloat16) if bits else torch.from_numpy(own)
 
@@ -151,14 +154,14 @@ def _load(path: Path) -> Parts:
     return loaded
 
 
-def _get(path: Path, parts: Parts, part: str, key: str) -> Any:
+def _get(path: Path, parts: Parts, part: str, *, key: str) -> Any:
     if key not in parts[part]:
         raise ExperimentError(f"{path} has no {key!r} in its {part} part; it is no raw activation file")
     return parts[part][key]
 
 
 def _tensors(path: Path, parts: Parts, part: str) -> Iterator[tuple[Any, Any, Any]]:
-    by_layer = _get(path, parts, part, "activations")
+    by_layer = _get(path, parts, part, key="activations")
     if not isinstance(by_layer, dict) or not all(isinstance(one, dict) for one in by_layer.values()):
         raise ExperimentError(f"{path} has {part} activations that are not layer -> component -> tensor; leave it out")
     for layer, by_component in by_layer.items():
