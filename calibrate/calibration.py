@@ -234,10 +234,10 @@ class _Table:
         what = "tokens whose norm is not finite, left out of the norms"
         self.add("nonfinite_tokens", _LAYER, bad, source=source, what=what)
         self.coords["quantile"] = list(QUANTILES)
-        names, norms = _component_norms(self.selected)
+        names, norms = _component_norms(self.selected, own=[one.norm for one in self.found])
         if names:
             what = "mean token norm of each captured component; NaN where none is kept"
-            self.add("component_norm", ("component", "layer"), norms, source=STATISTICS, what=what)
+            self.add("component_norm", ("component", "layer"), norms, source=source, what=what)
             self.coords["component"] = np.array(names, dtype=object)
 
     def add_details(self, looked: Sequence[Details]) -> None:
@@ -298,13 +298,16 @@ def _mean_known(values: Floats, *, axis: int) -> Floats:
         return np.asarray(np.where(known, values, 0.0).sum(axis=axis) / known.sum(axis=axis))
 
 
-def _component_norms(selected: Selected) -> tuple[list[str], Floats]:
+def _component_norms(selected: Selected, *, own: Sequence[float]) -> tuple[list[str], Floats]:
     """Mean norms of every component of the stores, from what was kept; NaN where one of them lacks it."""
     stores = [source for source in selected.sources if isinstance(source, StoreRows)]
     if len(stores) < len(selected.sources):
         return [], np.empty((0, 0))
     names = sorted(set.intersection(*(set(source.store.components) for source in stores)))
-    norms = [[_kept_norm(selected, name, layer) for layer in selected.layers] for name in names]
+    norms = [
+        own if name == selected.component else [_kept_norm(selected, name, layer) for layer in selected.layers]
+        for name in names
+    ]
     return names, np.array(norms)
 
 

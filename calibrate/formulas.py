@@ -64,7 +64,14 @@ def largest(values: ArrayLike, top_k: int) -> NDArray[np.int64]:
     array = np.asarray(values, np.float64)
     if not 1 <= top_k <= array.shape[-1]:
         raise MisuseError(f"top_k is {top_k}, which is none of the 1 to {array.shape[-1]} dimensions there are")
-    return np.argsort(-array, axis=-1, kind="stable")[..., :top_k].astype(np.int64)
+    rows = (_largest(row, top_k) for row in array.reshape(-1, array.shape[-1]))
+    return np.array([*rows], np.int64).reshape(*array.shape[:-1], top_k)
+
+
+def _largest(row: Floats, top_k: int) -> NDArray[np.intp]:
+    least = np.partition(-row, top_k - 1)[top_k - 1]
+    places = np.arange(len(row)) if np.isnan(least) else np.flatnonzero(-row <= least)
+    return places[np.argsort(-row[places], kind="stable")[:top_k]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
