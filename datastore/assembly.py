@@ -128,7 +128,7 @@ class Assembly:
     def _put_aside(self, chunk: ChunkId) -> None:
         one = self._open[chunk]
         self._directory.mkdir(exist_ok=True)
-        bits(one.values[: one.rows]).tofile(self._file(chunk))
+        self._file(chunk).write_bytes(bits(one.values[: one.rows]).data)
         del self._open[chunk]
         self._aside[chunk] = one.filled
         with self._room:
