@@ -1,4 +1,4 @@
-"""The command line of the store: `python -m datastore info|ls|head|verify|drop`.
+"""The command line of the store: `python -m datastore info|ls|head|verify|drop|gc|compact|merge`.
 
 Zarr, xarray and pandas are imported inside the commands, so that help is instant.
 """
@@ -220,6 +220,100 @@ def drop(
         console.emit_json(summary)
         return
     console.stdout().print(f"{'would drop' if dry_run else 'dropped'} {what}")
+
+
+@app.command("gc")
+def collect_garbage(
+    store: StorePath,
+    *,
+    plans: Annotated[
+        bool, typer.Option("--plans", help="Also unfinished plans that no process fills, with what they hold.")
+    ] = False,
+    older_than: Annotated[
+        float,
+        typer.Option("--older-than", metavar="SECONDS", min=0, help="Spare younger leftovers of other processes."),
+    ] = 3600.0,
+    yes: console.Yes = False,
+    dry_run: console.DryRun = False,
+    as_json: console.Json = False,
+) -> None:
+    """Delete captures that no longer count, leftovers of killed processes, and dead plans."""
+    from datastore.gc import collect, plan_collection
+
+    planned = plan_collection(store, plans=plans, older_than=older_than)
+    if not as_json:
+        for one in planned.removals:
+            line = f"{one.path}: {one.why}, {console.human_bytes(one.n_bytes)}"
+            console.stdout().print(line, markup=False, soft_wrap=True)
+    if not dry_run and planned.removals:
+        console.confirm(f"Delete {len(planned.removals)} of these for good?", yes=yes)
+        collect(planned)
+    if as_json:
+        console.emit_json(
+            {"store": store, "removals": planned.removals, "n_bytes": planned.n_bytes, "done": not dry_run}
+        )
+        return
+    done = "would free" if dry_run else "freed"
+    console.stdout().print(f"{done} {console.human_bytes(planned.n_bytes)}")
+
+
+@app.command("compact")
+def compact_captures(
+    store: StorePath,
+    *,
+    smaller_than: Annotated[
+        str | None, typer.Option("--smaller-than", metavar="SIZE", help="Leave larger captures as they are.")
+    ] = None,
+    yes: console.Yes = False,
+    dry_run: console.DryRun = False,
+    as_json: console.Json = False,
+) -> None:
+    """Rewrite many captures as one, without what was dropped or superseded, and delete the old ones."""
+    from datastore.compact import compact, plan_compaction
+
+    limit = None if smaller_than is None else console.parse_bytes(smaller_than)
+    planned = plan_compaction(store, smaller_than=limit)
+    raw = sum(plan.raw_bytes for plan in planned.plans)
+    numbers: list[int] = []
+    if planned.plans and not dry_run:
+        what = (
+            f"{len(planned.captures)} captures as {len(planned.plans)}, {console.human_bytes(raw)} before compression"
+        )
+        console.confirm(f"Rewrite {what}, and delete the old ones?", yes=yes)
+        with console.progress(quiet=as_json) as bar:
+            task = bar.add_task("compact", total=None, note="rows")
+            numbers = compact(planned, tick=lambda done, total: bar.update(task, completed=done, total=total))
+    found = {"captures": planned.captures, "becomes": len(planned.plans), "raw_bytes": raw, "numbers": numbers}
+    if as_json:
+        console.emit_json(found)
+        return
+    verb = "would rewrite" if dry_run else "rewrote"
+    console.stdout().print(f"{verb} {len(planned.captures)} captures of {store} as {len(planned.plans)}")
+
+
+@app.command("merge")
+def merge_stores(
+    first: StorePath,
+    second: StorePath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new store.")],
+    *,
+    dry_run: console.DryRun = False,
+    as_json: console.Json = False,
+) -> None:
+    """Bring the captures of two stores together in a new one, by hard link where that is possible."""
+    from datastore.merge import merge, plan_merge
+
+    planned = plan_merge(first, second, out)
+    captures = sum(place.parts[0] == "captures" for _, place in planned.sources)
+    if not dry_run:
+        merge(planned)
+    if as_json:
+        found = {"out": out, "captures": captures, "rollouts": planned.rollouts, "shared": planned.shared}
+        console.emit_json(found | {"n_bytes": planned.n_bytes, "done": not dry_run})
+        return
+    verb = "would merge" if dry_run else "merged"
+    what = f"{captures} captures, {planned.rollouts} rollouts ({len(planned.shared)} of them in both)"
+    console.stdout().print(f"{verb} {what}, {console.human_bytes(planned.n_bytes)}, into {out}")
 
 
 def _numbers(spec: str) -> list[int]:

@@ -10,7 +10,7 @@ from datastore import storage
 from datastore.errors import AbsentError, MisuseError
 from datastore.union import Drop, load_union
 
-__all__ = ["Dropping", "commit_drops", "drop", "plan_drop"]
+__all__ = ["Dropping", "commit_drops", "drop", "drop_record", "plan_drop"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +98,7 @@ def commit_drops(store: Path, drops: Sequence[Drop], *, reason: str) -> int:
                 {
                     "created": datetime.now(UTC).isoformat(timespec="seconds"),
                     "reason": reason,
-                    "dropped": [_record(one) for one in drops],
+                    "dropped": [drop_record(one) for one in drops],
                 },
             )
             storage.sync_files(aside)
@@ -107,7 +107,8 @@ def commit_drops(store: Path, drops: Sequence[Drop], *, reason: str) -> int:
         storage.remove(aside)
 
 
-def _record(one: Drop) -> dict[str, list[int] | list[str] | None]:
+def drop_record(one: Drop) -> dict[str, list[int] | list[str] | None]:
+    """Return a drop as JSON, as `load_drops` reads it."""
     return {
         "captures": list(one.captures),
         "rollouts": None if one.rollouts is None else sorted(one.rollouts),

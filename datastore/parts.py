@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from datastore.errors import BusyError, PlanError
 from datastore.storage import write_atomic
 
-__all__ = ["Holder", "acquire", "locked", "mark_done", "release", "reopen", "unfinished"]
+__all__ = ["Holder", "acquire", "living", "locked", "mark_done", "release", "reopen", "unfinished"]
 
 
 class Holder(BaseModel):
@@ -93,6 +93,11 @@ def _holders(directory: Path) -> Iterator[tuple[Path, Holder]]:
     for file in sorted(directory.glob("*-of-*.json")):
         with suppress(OSError, ValidationError):
             yield file, Holder.model_validate_json(file.read_bytes())
+
+
+def living(directory: Path) -> list[Holder]:
+    """Return the living processes that fill parts of a plan."""
+    return [one for _, one in _holders(directory) if one.alive]
 
 
 def acquire(directory: Path, part: tuple[int, int], *, start: int, stop: int) -> Path:

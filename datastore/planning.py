@@ -28,7 +28,7 @@ from datastore.partials import Partials
 from datastore.schema import Batch, Codec, ComponentSpec, Plan, Rollout, digest
 from datastore.union import Capture, Union, gone, load_union, plan_of
 
-__all__ = ["PlanFile", "lay_down", "plan", "plans_directory", "read_plan"]
+__all__ = ["PlanFile", "form_batches", "form_chunks", "lay_down", "plan", "plans_directory", "read_plan"]
 
 Cells = frozenset[tuple[str, int]]
 
@@ -225,7 +225,7 @@ def _fresh(union: Union, request: Request, *, cells: Cells, names: Sequence[str]
     """Plan the capture of some cells of some rollouts."""
     specs = tuple(c for c in request.components if any(c.name == name for name, _ in cells))
     budget, most_tokens = request.settings["batch_tokens"], request.settings["most_tokens"]
-    batches = _batches(union, [request.asked[n] for n in names], budget, replace=request.replace)
+    batches = form_batches(union, [request.asked[n] for n in names], budget, replace=request.replace)
     stored = tuple(request.asked[n] for b in batches for n in b.stored)
     return Plan(
         request=request.key,
@@ -233,7 +233,7 @@ def _fresh(union: Union, request: Request, *, cells: Cells, names: Sequence[str]
         batches=batches,
         layers=tuple(sorted({layer for _, layer in cells})),
         components=specs,
-        chunk_tokens=_chunks(specs, sum(r.n_tokens for r in stored), most_tokens),
+        chunk_tokens=form_chunks(specs, sum(r.n_tokens for r in stored), most_tokens),
         batch_tokens=budget,
         codec=request.codec,
         vocab=_used(request, names),
@@ -309,7 +309,7 @@ def _products(union: Union, request: Request, planned: set[tuple[str, str, int]]
     return products
 
 
-def _batches(union: Union, rollouts: Sequence[Rollout], batch_tokens: int, *, replace: bool) -> tuple[Batch, ...]:
+def form_batches(union: Union, rollouts: Sequence[Rollout], batch_tokens: int, *, replace: bool) -> tuple[Batch, ...]:
     """Form batches; rollouts that the store knows keep the company they were computed in."""
     known = set() if replace else {r.rollout_id for r in rollouts} & set(union.rollout_ids)
     recorded: dict[tuple[int, int, tuple[str, ...]], tuple[Capture, set[str]]] = {}
@@ -337,7 +337,7 @@ def _recorded_batch(union: Union, capture: Capture, index: int, *, members: tupl
     return Batch(members=tuple(kept), company=company)
 
 
-def _chunks(components: Sequence[ComponentSpec], n_tokens: int, most_tokens: int) -> dict[str, int]:
+def form_chunks(components: Sequence[ComponentSpec], n_tokens: int, most_tokens: int) -> dict[str, int]:
     """Tokens a chunk by component; never more than the next power of two that holds all tokens."""
     whole = 1 << max(0, n_tokens - 1).bit_length()
     return {c.name: layout.chunk_tokens(c.width, c.itemsize, most_tokens=min(most_tokens, whole)) for c in components}

@@ -215,6 +215,20 @@ class Union:
         held = {id(capture): capture for holders in self._holders.values() for capture, _ in holders}
         return {(layer, name) for capture in held.values() for layer in capture.layers for name in capture.components}
 
+    @cached_property
+    def counting(self) -> frozenset[int]:
+        """Numbers of the captures of which any cell counts; the rest may be deleted."""
+        found: set[int] = set()
+        for name in self._holders:
+            held: set[tuple[int, str]] = set()
+            for capture, _ in self._current(name):
+                cells = {(layer, component) for layer in capture.layers for component in capture.components} - held
+                mine = {one for one in cells if not self._dropped(capture, name, layer=one[0], component=one[1])}
+                if mine:
+                    found.add(capture.number)
+                    held |= mine
+        return frozenset(found)
+
     def newest(self, rollout_id: str) -> tuple[Capture, int]:
         """Return the newest capture that names the rollout, and its row there."""
         for holder in self._holders.get(rollout_id, ()):

@@ -94,6 +94,35 @@ def test_drop_asks_first(store: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [r["rollout_id"] for r in output(capsys, "ls", store)] == ["2", "0"]
 
 
+def test_compact_gc_and_merge(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    making.capture(store, [making.rollout("more", 7)])
+    assert output(capsys, "compact", store, "--dry-run") | {"raw_bytes": 0} == {
+        "captures": [1, 2],
+        "becomes": 1,
+        "raw_bytes": 0,
+        "numbers": [],
+    }
+    assert output(capsys, "compact", store, "--smaller-than", "1")["captures"] == []
+    assert output(capsys, "compact", store, "--yes")["numbers"] == [3]
+    assert storage.numbered(store / "captures") == [3]
+    assert run("compact", store) == 0
+    assert "rewrote 0 captures" in capsys.readouterr().out
+    other = tmp_path / "other.zarr"
+    making.capture(other, [making.rollout("other", 4)])
+    found = output(capsys, "merge", store, other, tmp_path / "both.zarr")
+    assert (found["captures"], found["rollouts"], found["shared"]) == (2, 5, [])
+    assert output(capsys, "verify", tmp_path / "both.zarr", "--full")["captures"] == 2
+    assert run("merge", store, other, tmp_path / "both.zarr") == 2
+    assert "is there already, and a merge makes a new store" in capsys.readouterr().err
+    making.capture(other, [making.rollout("other", 4)], replace=True)
+    assert run("gc", other, "--dry-run") == 0
+    assert "captures/0001: nothing of it counts any more" in capsys.readouterr().out
+    assert run("gc", other) == 2  # no terminal to ask on
+    capsys.readouterr()
+    assert output(capsys, "gc", other, "--yes")["done"]
+    assert storage.numbered(other / "captures") == [2]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -131,5 +160,6 @@ def test_a_newer_store_is_refused(store: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_module_runs(store: Path) -> None:
     command = [sys.executable, "-m", "datastore", "verify", str(store), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["ok"] is True
