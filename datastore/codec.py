@@ -4,6 +4,7 @@ The bytes are exactly those of zarr-python with the same codec list (proved by t
 event loop, no copy and no new buffer per chunk, and the threads of a caller run side by side.
 """
 
+import math
 import struct
 import sys
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ _SHUFFLE: Final = {"zstd": 1, "lz4": 2}
 """lz4 has no entropy coder: bfloat16 shrinks 1.03 times after byte shuffle and 1.31 times after bit shuffle."""
 _BLOSC_HEADER: Final = struct.Struct("<4B3I")
 _CRC: Final = struct.Struct("<I")
+_COUNTS: Final = ("int32", "int64")
 _MOST_OVERHEAD: Final = _BLOSC_HEADER.size + _CRC.size
 
 
@@ -129,21 +131,33 @@ class ChunkDecoder:
         transposed arrays, codecs in another order and anything newer are not.
         """
         shape, chunk = metadata.get("shape"), _regular_chunk(metadata)
+        if shape is None or chunk is None or len(chunk) != 3 or chunk[1:] != [1, shape[2]]:
+            return None
+        return cls.of_any(metadata) if metadata.get("data_type") in tuple(DTYPES) else None
+
+    @classmethod
+    def of_any(cls, metadata: Mapping[str, Any]) -> Self | None:
+        """Return the decoder for an array of numbers of any rank, whose `tokens` are all axes of a chunk but the last.
+
+        The codec lists known are those of `of`.
+        """
+        chunk, name = _regular_chunk(metadata), str(metadata.get("data_type"))
         codecs = [_named(codec) for codec in metadata.get("codecs", ())]
         names = [name for name, _ in codecs]
         known = (
             sys.byteorder == "little"
             and metadata.get("zarr_format") == 3
             and not metadata.get("storage_transformers")
-            and metadata.get("data_type") in tuple(DTYPES)
+            and (name in DTYPES or name in _COUNTS)
             and _default_keys(metadata)
             and names in (["bytes"], ["bytes", "blosc"], ["bytes", "crc32c"], ["bytes", "blosc", "crc32c"])
             and codecs[0][1].get("endian") == "little"
         )
-        if not known or shape is None or chunk is None or len(chunk) != 3 or chunk[1:] != [1, shape[2]]:
+        if not known or not chunk:
             return None
-        dtype = numpy_dtype(metadata["data_type"])
-        return cls(tokens=chunk[0], width=chunk[2], dtype=dtype, blosc="blosc" in names, crc32c="crc32c" in names)
+        dtype = numpy_dtype(name) if name in DTYPES else np.dtype(name)
+        blosc, crc32c = "blosc" in names, "crc32c" in names
+        return cls(tokens=math.prod(chunk[:-1]), width=chunk[-1], dtype=dtype, blosc=blosc, crc32c=crc32c)
 
     @property
     def nbytes(self) -> int:
