@@ -291,13 +291,13 @@ def read_region(path: Path, region: Sequence[slice]) -> NDArray[Any]:
     try:
         if decoder is None:
             return np.asarray(array[tuple(region)])
-        return _decoded(files, decoder, region, sizes)
+        return _decoded(files, decoder, region=region, sizes=sizes)
     except Exception as error:
         raise CorruptError(f"{path} does not decode ({error}); what it holds is lost") from error
 
 
 def _decoded(
-    files: Mapping[tuple[int, ...], Path], decoder: ChunkDecoder, region: Sequence[slice], sizes: Sequence[int]
+    files: Mapping[tuple[int, ...], Path], decoder: ChunkDecoder, *, region: Sequence[slice], sizes: Sequence[int]
 ) -> NDArray[Any]:
     """Fill a region from its chunks without zarr-python, whose event loop takes longer than a small chunk."""
     out = np.empty([part.stop - part.start for part in region], decoder.dtype)
