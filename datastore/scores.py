@@ -42,6 +42,8 @@ CHUNK = 8192
 IDENTITY = ("trait", "component", "layer", "method", "vector_position")
 """What names a direction; where several hashes share them, the latest result's counts."""
 _COLUMNS = ("score", "norm", "dim")
+_NUMBERS = ("vector_norm", "baseline", "delta", "coefficient")
+"""Of the table of directions: NaN where unknown, which JSON writes as null."""
 
 
 class Place(NamedTuple):
@@ -106,14 +108,8 @@ class Result:
     @cached_property
     def directions(self) -> pd.DataFrame:
         """The table of the directions, a row for each column of `score`."""
-        group = self.path / "directions"
-        names = storage.attributes(group)["columns"]
-        columns = {name: storage.read_array(group / name) for name in names}
-        # pandas and xarray know no NumPy strings of varying width
-        plain = {
-            name: values.astype(object) if values.dtype.kind == "T" else values for name, values in columns.items()
-        }
-        return pd.DataFrame(plain, columns=names)
+        table = pd.DataFrame(self.attrs["directions"], columns=self.attrs["direction_columns"])
+        return table.astype({name: np.float64 for name in _NUMBERS if name in table})
 
     def vectors(self, component: str) -> NDArray[np.float32]:
         """Unit vectors of the component's directions, shape (direction, hidden), in the order of the table."""
@@ -168,23 +164,24 @@ def create_result(
     vectors : mapping of component to float32 array (direction, hidden)
     """
     places = list(dict.fromkeys(column.place for column in columns))
-    storage.create_group(path, {**attrs, "kind": "scores"})
+    by_kind = {kind: [column for column in columns if column.kind == kind] for kind in _COLUMNS}
+    tables = {
+        "places": [list(place) for place in places],
+        "columns": {kind: [[places.index(c.place), c.key] for c in mine] for kind, mine in by_kind.items()},
+        "direction_columns": list(directions.columns),
+        "directions": _records(directions),
+    }
+    storage.create_group(path, {**attrs, **tables, "kind": "scores"})
     storage.create_group(path / "rollouts", {})
     _text(path / "rollouts" / "rollout_id", list(rollouts), "row")
     _text(path / "rollouts" / "token_sha256", [sha for sha, _ in rollouts.values()], "row")
     counts = np.asarray([n for _, n in rollouts.values()], np.int64)
     storage.write_array(path / "rollouts" / "n_tokens", counts, dims=("row",))
     storage.write_array(path / "rollouts" / "capture", capture, dims=("row", "place"))
-    _table(path / "places", pd.DataFrame(places, columns=["component", "layer"]), "place")
-    _table(path / "directions", directions, "direction")
     storage.create_group(path / "vectors", {})
     for component, values in vectors.items():
         storage.write_array(path / "vectors" / component, values, dims=("direction", f"{component}_hidden"))
-    storage.create_group(path / "columns", {})
-    for kind in _COLUMNS:
-        mine = [column for column in columns if column.kind == kind]
-        record = [{"place": places.index(column.place), "key": column.key} for column in mine]
-        _table(path / "columns" / kind, pd.DataFrame(record, columns=["place", "key"]), kind)
+    for kind, mine in by_kind.items():
         storage.create_array(
             path / kind,
             shape=(int(counts.sum()), len(mine)),
@@ -198,13 +195,10 @@ def _text(path: Path, values: Sequence[str], dim: str) -> None:
     storage.write_array(path, np.asarray(list(values), dtype=object), dims=(dim,))
 
 
-def _table(path: Path, table: pd.DataFrame, dim: str) -> None:
-    storage.create_group(path, {"columns": list(table.columns)})
-    for name in table.columns:
-        values = table[name].to_numpy()
-        if values.dtype.kind not in "biuf":
-            values = np.asarray(["" if value is None else str(value) for value in values], dtype=object)
-        storage.write_array(path / str(name), values, dims=(dim,))
+def _records(table: pd.DataFrame) -> list[list[Any]]:
+    """Return the rows of a table as JSON values, null for what is missing."""
+    rows = [list(row) for row in table.astype(object).itertuples(index=False)]
+    return [[None if pd.isna(v) else v.item() if isinstance(v, np.generic) else v for v in row] for row in rows]
 
 
 # -- which columns there are -------------------------------------------------------------------------------------------
@@ -216,23 +210,15 @@ def load_results(store: Path) -> list[Result]:
 
 
 def _load(path: Path, number: int) -> Result:
-    places = [
-        Place(str(component), int(layer))
-        for component, layer in zip(
-            storage.read_array(path / "places" / "component"),
-            storage.read_array(path / "places" / "layer"),
-            strict=True,
-        )
-    ]
-    columns = {}
-    for kind in _COLUMNS:
-        table = path / "columns" / kind
-        pairs = zip(storage.read_array(table / "place"), storage.read_array(table / "key"), strict=True)
-        columns[kind] = tuple(Column(kind, places[int(place)], str(key)) for place, key in pairs)
+    attrs = storage.attributes(path)
+    places = [Place(str(component), int(layer)) for component, layer in attrs["places"]]
+    columns = {
+        kind: tuple(Column(kind, places[place], str(key)) for place, key in attrs["columns"][kind]) for kind in _COLUMNS
+    }
     return Result(
         number=number,
         path=path,
-        attrs=storage.attributes(path),
+        attrs=attrs,
         rollout_ids=tuple(str(v) for v in storage.read_array(path / "rollouts" / "rollout_id")),
         token_sha256=tuple(str(v) for v in storage.read_array(path / "rollouts" / "token_sha256")),
         counts=storage.read_array(path / "rollouts" / "n_tokens").astype(np.int64),

@@ -99,17 +99,10 @@ def project(
     as_json: console.Json = False,
 ) -> None:
     """Score rollouts along directions and keep the scores; what is there already is not computed again."""
-    from datastore.choose import choose
     from project.criteria import Criteria
-    from project.run import work
 
     _check_choices(segment=segment, export=export, out=out, experiment=experiment)
     places = _places(store, vectors, steering, experiment=experiment, variant=model_variant, prompt_set=prompt_set)
-    opened = _opened(places.store)
-    table = opened.rollouts
-    if places.prompt_sets and set(table["prompt_set"]) & set(places.prompt_sets):
-        table = table[table["prompt_set"].isin(places.prompt_sets)]
-    rollouts = choose(table, ids=console.parse_list(ids), where=where, limit=limit)
     criteria = Criteria(
         layers=layers,
         traits=console.parse_list(traits),
@@ -123,33 +116,68 @@ def project(
         snap=snap,
         force_model=force_model,
     )
-    chosen = _selected(opened, places, criteria, rollouts=rollouts)
-    results = out if export is None else None
+    opened = _opened(places.store)
+    rollouts = _rollouts(opened, places, ids=ids, where=where, limit=limit)
+    _project(
+        opened,
+        _selected(opened, places, criteria, rollouts=rollouts),
+        rollouts,
+        results=out if export is None else None,
+        projections=None if export is None else (out or places.export),
+        centred=centered,
+        segment=segment,
+        cluster={"scheduler": scheduler, "workers": workers},
+        memory=memory,
+        dry_run=dry_run,
+        as_json=as_json,
+        asked={"layers": layers, "traits": traits, "ids": ids, "where": where, "rules": rules},
+    )
+
+
+def _project(
+    store: "Store",
+    chosen: "Selection",
+    rollouts: list[str],
+    *,
+    results: Path | None,
+    projections: Path | None,
+    centred: bool,
+    segment: str | None,
+    cluster: dict[str, Any],
+    memory: int,
+    dry_run: bool,
+    as_json: bool,
+    asked: dict[str, Any],
+) -> None:
+    """Compute what is missing, export, and print the tables."""
+    from project.run import work
+
     if not chosen.vectors:
         _show(chosen, None, None, as_json=as_json)
         raise typer.Exit(1)
-    todo = work(opened, chosen, rollouts=rollouts, out=results)
+    todo = work(store, chosen, rollouts=rollouts, out=results)
     for sentence in (*chosen.notes, *todo.changed, *_absences(todo)):
         console.warn(sentence)
     if dry_run:
         _show(chosen, todo, None, as_json=as_json)
         return
-    found = _scored(
-        opened,
-        chosen,
-        todo,
-        out=results,
-        cluster={"scheduler": scheduler, "workers": workers},
-        memory=memory,
-        quiet=as_json,
-        asked={"layers": layers, "traits": traits, "ids": ids, "where": where, "rules": rules},
-    )
+    found = _scored(store, chosen, todo, out=results, cluster=cluster, memory=memory, quiet=as_json, asked=asked)
     written = 0
-    if export == "json":
+    if projections is not None:
         from project.export import export_json
 
-        written = export_json(opened, found, out or places.export or Path("projections"), centred=centered)
+        written = export_json(store, found, projections, centred=centred)
     _show(chosen, todo, found, as_json=as_json, segment=segment, written=written)
+
+
+def _rollouts(store: "Store", places: Places, *, ids: str | None, where: str | None, limit: int | None) -> list[str]:
+    """Choose rollouts, of an experiment's prompt set where the store holds several."""
+    from datastore.choose import choose
+
+    table = store.rollouts
+    if places.prompt_sets and set(table["prompt_set"]) & set(places.prompt_sets):
+        table = table[table["prompt_set"].isin(places.prompt_sets)]
+    return choose(table, ids=console.parse_list(ids), where=where, limit=limit)
 
 
 def _check_choices(*, segment: str | None, export: str | None, out: Path | None, experiment: Path | None) -> None:

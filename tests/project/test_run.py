@@ -9,10 +9,13 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import calibrate
 import datastore
 import project
 from datastore.errors import AbsentError, CorruptError, MisuseError, ReadOnlyError
-from project import kernel
+from experiments.projections import read_projection
+from project import cleaning, derive, kernel
+from project.export import export_json
 from tests.project.stores import direction, exact, rollout, values_of, write_store
 
 WIDTH = 24
@@ -235,3 +238,25 @@ def test_results_beside_a_store(store: datastore.Store, tmp_path: Path, monkeypa
     seen = computed(monkeypatch)
     project.scores(store, [one], out=beside)
     assert seen == []
+
+
+def test_a_calibrated_store_keeps_what_cleaning_needs(store: datastore.Store, tmp_path: Path) -> None:
+    found = calibrate.fit(store, top_k=2)
+    calibrate.save(found)
+    tops = cleaning.top_dims(store, "residual")
+    assert set(tops) == {10, 15, 20}
+    assert all(dims[0] == WIDTH // 3 for dims in tops.values()), "the planted massive dimension comes first"
+    one = direction("bs/lying", 10)
+    scores = project.scores(store, [one])
+    assert set(scores.dim.values) == {dim for dims in tops.values() for dim in dims}
+    clean = derive.cleaned(scores, "top5-3layers", top_dims=tops)
+    values = values_of("b", 10, n_tokens=NAMES["b"], width=WIDTH).astype(np.float64)
+    values[:, clean.attrs["cleaned_dims"]] = 0
+    np.testing.assert_allclose(clean.score.sel(rollout="b").values[:, 0], exact(values, one.values), atol=1e-4)
+    export_json(store, scores, tmp_path / "out")
+    data = read_projection(tmp_path / "out/bs/lying/run/b.json").massive_dim_data
+    assert data is not None
+    assert data.top_dims_by_layer == {layer: list(dims) for layer, dims in tops.items()}
+    response = [float(v) for v in values_of("b", 10, n_tokens=NAMES["b"], width=WIDTH)[NAMES["b"] // 2 :, WIDTH // 3]]
+    assert data.activation_values.response[WIDTH // 3] == response
+    np.testing.assert_allclose(data.vec_components[WIDTH // 3], one.values[WIDTH // 3], rtol=1e-6)

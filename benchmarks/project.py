@@ -1,0 +1,209 @@
+"""`python -m benchmarks.project`: scores and calibration of a store against their parts alone and the .pt path.
+
+Data: realistic bfloat16 activations of width 7168 on 9 layers, 17 rollouts of about 2,000 tokens, 4.5 GB before
+compression. Rates are GB/s of the bytes of the layers that were asked for; files are warm. Every rival is measured in
+the same rounds.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import calibrate
+import datastore
+import project
+from benchmarks.measure import Row, alternate, show
+from benchmarks.store import CPUS, LAYERS, WIDTH, Data, decode_all, make_data, save_pt, write
+from datastore import storage
+from datastore.codec import ChunkDecoder
+from experiments.direction import Direction
+from project.distributed import cluster_runner
+from project.scoring import one_blas_thread, score_block, scratch_for, unit_columns
+
+ROLLOUTS, DIRECTIONS, ROUNDS = 17, 22, 5
+LAYER = LAYERS[4]
+
+
+def directions(number: int, layer: int = LAYER) -> list[Direction]:
+    """Make random directions at a layer."""
+    random = np.random.default_rng(layer)
+    made = [random.standard_normal(WIDTH).astype(np.float32) for _ in range(number)]
+    return [Direction(trait=f"bench/t{i}", layer=layer, method="probe", values=v) for i, v in enumerate(made)]
+
+
+def fresh(path: Path) -> None:
+    """Remove the scores that a round left."""
+    for result in (path / "scores").glob("[0-9]*"):
+        shutil.rmtree(result)
+
+
+def projecting(path: Path, given: list[Direction], **settings: Any) -> Callable[[], None]:
+    """Return a task that projects anew, results kept and read back."""
+
+    def run() -> None:
+        fresh(path)
+        project.scores(datastore.open(path), given, **settings)
+
+    return run
+
+
+def multiply_all(values: NDArray[Any], matrix: NDArray[np.float32], tokens: int) -> None:
+    """Multiply decoded chunks on all cores, one BLAS thread each."""
+
+    def work(mine: int) -> None:
+        scratch = scratch_for(WIDTH)
+        for start in range(mine * tokens, len(values), CPUS * tokens):
+            piece = values[start : start + tokens]
+            score_block(piece, matrix, np.empty((len(piece), matrix.shape[1]), np.float32), scratch=scratch)
+
+    with one_blas_thread(), ThreadPoolExecutor(CPUS) as pool:
+        list(pool.map(work, range(CPUS)))
+
+
+def project_pt(directory: Path, matrix: NDArray[np.float32]) -> None:
+    """Load every file whole and project one layer along all directions in float32, as users do."""
+    import torch
+
+    columns = torch.from_numpy(matrix)
+    for file in sorted(directory.glob("*.pt")):
+        layers = torch.load(file, weights_only=True)["prompt"]["activations"]
+        layers[LAYER]["residual"].float() @ columns
+
+
+def bench_projection(root: Path, data: Data) -> list[Row]:
+    """One layer and two, against the parts alone, the .pt path, and twice one layer."""
+    path = root / "run.zarr"
+    given, more = directions(DIRECTIONS), directions(DIRECTIONS, LAYERS[5])
+    matrix = unit_columns([one.values for one in given])
+    array = path / "captures" / "0001" / "residual"
+    decoder = ChunkDecoder.of(storage.array_metadata(array))
+    assert decoder is not None
+    files = sorted(array.glob(f"c/*/{LAYERS.index(LAYER)}/0"))
+    encoded = [file.read_bytes() for file in files]
+    tasks = {
+        "one": projecting(path, given),
+        "two": projecting(path, [*given, *more]),
+        "decode": lambda: decode_all(decoder, encoded, data.rows.dtype),
+        "multiply": lambda: multiply_all(data.rows, matrix, decoder.tokens),
+        "pt": lambda: project_pt(root / "pt", matrix),
+    }
+    seconds = alternate(tasks, rounds=ROUNDS)
+    rate = {name: data.layer_bytes / s / 1e9 for name, s in seconds.items()}
+    parts = 1 / (1 / rate["decode"] + 1 / rate["multiply"])
+    what = f"projection of {DIRECTIONS} directions on 1 layer"
+    alone = f"decode {rate['decode']:.2f} then multiply {rate['multiply']:.2f}"
+    return [
+        _row(what, rate["one"], "GB/s", alone, parts, 0.7),
+        _row("re-projection vs .pt path", rate["one"], "GB/s", ".pt files loaded whole", rate["pt"], 6.0),
+        _row("two layers", seconds["two"], "s", "twice one layer", 2 * seconds["one"], 1.05, at_most=True),
+    ]
+
+
+def bench_growing(root: Path) -> Row:
+    """Adding a direction to 22 that are computed, against computing 23."""
+    path, given = root / "run.zarr", directions(DIRECTIONS + 1)
+
+    def added() -> None:
+        project.scores(datastore.open(path), given)
+
+    def computed() -> None:
+        fresh(path)
+        project.scores(datastore.open(path), given[:-1])
+
+    seconds: list[dict[str, float]] = []
+    for _ in range(ROUNDS):
+        computed()
+        grown = alternate({"added": added}, rounds=1)
+        seconds.append(grown | alternate({"anew": projecting(path, given)}, rounds=1))
+    middle = {name: float(np.median([one[name] for one in seconds])) for name in ("added", "anew")}
+    return _row(
+        "adding 1 direction to 22", middle["added"], "s", "projecting 23 anew", middle["anew"], 0.5, at_most=True
+    )
+
+
+def bench_distributed(root: Path, data: Data) -> Row:
+    """Two dask processes, started before, against the in-process pool."""
+    path, given = root / "run.zarr", directions(DIRECTIONS)
+    with cluster_runner(workers=2) as runner:
+        projecting(path, given, runner=runner)()  # workers import on their first task
+        tasks = {"dask": projecting(path, given, runner=runner), "pool": projecting(path, given)}
+        seconds = alternate(tasks, rounds=ROUNDS)
+    rate = {name: data.layer_bytes / s / 1e9 for name, s in seconds.items()}
+    return _row("dask.distributed, 2 processes", rate["dask"], "GB/s", "the in-process pool", rate["pool"], 0.5)
+
+
+def bench_calibration(root: Path, data: Data) -> list[Row]:
+    """Calibration from what was kept, against the full pass over .pt files; with its pass, against projection."""
+    path = root / "run.zarr"
+    seconds = alternate(
+        {
+            "kept": lambda: calibrate.fit(datastore.open(path), passes=False),
+            "pt": lambda: calibrate_pt(root / "pt"),
+            "pass": lambda: calibrate.fit(datastore.open(path), layers=LAYER),
+            "one": projecting(path, directions(DIRECTIONS)),
+        },
+        rounds=ROUNDS - 2,
+    )
+    rate = {name: data.layer_bytes / seconds[name] / 1e9 for name in ("pass", "one")}
+    speed = {name: 1 / seconds[name] for name in ("kept", "pt")}
+    return [
+        _row("calibrations from the statistics, 9 layers", speed["kept"], "/s", "the pass over .pt", speed["pt"], 100),
+        _row("calibration of 1 layer with its pass", rate["pass"], "GB/s", "projection of it", rate["one"], 0.8),
+    ]
+
+
+def calibrate_pt(directory: Path) -> None:
+    """Load every file whole and sum up each layer in float32, once, which is less than users' calibration does."""
+    import torch
+
+    for file in sorted(directory.glob("*.pt")):
+        for layer in torch.load(file, weights_only=True)["prompt"]["activations"].values():
+            wide = layer["residual"].float()
+            wide.mean(0), wide.abs().amax(0), wide.abs().mean(0), wide.norm(dim=1).mean()
+
+
+def _row(
+    what: str, value: float, unit: str, rival: str, rival_value: float, target: float, *, at_most: bool = False
+) -> Row:
+    return Row(
+        what=what,
+        value=value,
+        unit=unit,
+        rival=rival,
+        rival_value=rival_value,
+        ratio=value / rival_value,
+        target=target,
+        at_most=at_most,
+    )
+
+
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """A directory for stores and files, removed in the end."""
+    with tempfile.TemporaryDirectory(prefix="bench-project-", dir=os.environ.get("BENCH_DIR")) as directory:
+        yield Path(directory)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the benchmark."""
+    rollouts = int(arguments[arguments.index("--rollouts") + 1]) if "--rollouts" in arguments else ROLLOUTS
+    with workplace() as root:
+        data = make_data(rollouts)
+        write(root / "run.zarr", data, statistics=True)
+        save_pt(root / "pt", data)
+        rows = [*bench_projection(root, data), bench_growing(root), bench_distributed(root, data)]
+        rows += bench_calibration(root, data)
+    show(f"projection, {CPUS} cores, {data.all_bytes / 1e9:.1f} GB", rows, as_json="--json" in arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
