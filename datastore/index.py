@@ -17,7 +17,7 @@ from xarray.core.indexing import IndexSelResult
 from datastore.axis import Axis
 from datastore.errors import AbsentError, MisuseError
 
-__all__ = ["RolloutIndex"]
+__all__ = ["RolloutIndex", "TokenVariable"]
 
 
 class _Names(xr.backends.BackendArray):
@@ -28,6 +28,8 @@ class _Names(xr.backends.BackendArray):
         self.shape, self.dtype = (axis.n_tokens,), ids.dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> NDArray[Any]:
+        if not isinstance(key, indexing.VectorizedIndexer):
+            return np.asarray(self._read(key.tuple))
         found = indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
         return np.asarray(found)
 
@@ -38,13 +40,17 @@ class _Names(xr.backends.BackendArray):
         return axis.spread(self.ids[axis.rollout])
 
 
-class RolloutVariable(xr.Variable):
-    """The coordinate `rollout`: it stays what it is when a dataset is chunked, so that grouping by it still works."""
+class TokenVariable(xr.Variable):
+    """A coordinate of tokens: it stays what it is when a dataset is chunked: dask arrays can't be grouped by."""
 
     __slots__ = ()
 
     def chunk(self, *args: Any, **kwargs: Any) -> Self:
         """Return the variable as it is."""
+        return self.copy(deep=False)
+
+    def to_base_variable(self) -> xr.Variable:
+        """Return the variable as it is: xarray would make a plain one of every coordinate that is no index."""
         return self.copy(deep=False)
 
 
@@ -92,7 +98,7 @@ class RolloutIndex(xr.Index):
         data = indexing.LazilyIndexedArray(_Names(self.ids, self.axis))
         attrs = None if given is None else given.attrs
         encoding = None if given is None else given.encoding
-        return {self.name: RolloutVariable((self.dim,), data, attrs, encoding)}
+        return {self.name: TokenVariable((self.dim,), data, attrs, encoding)}
 
     def to_pandas_index(self) -> "pd.Index[Any]":
         """Return the rollout id of every token."""

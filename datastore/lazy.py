@@ -88,7 +88,7 @@ def component_layout(cells: Cells, place: int, component: str) -> _Layout:
     return layout_of(cells.captures[place].path / component, cells.snapshot.captures[place][1])
 
 
-def _through_zarr(path: Path, width: int, layer_index: int, tokens: slice) -> NDArray[Any]:
+def _through_zarr(layer_index: int, tokens: slice, *, path: Path, width: int) -> NDArray[Any]:
     region = (tokens, slice(layer_index, layer_index + 1), slice(0, width))
     return storage.read_region(path, region)[:, 0]
 
@@ -140,7 +140,7 @@ def sources(cells: Cells, component: str, reads: Reads, *, whole: bool) -> Itera
             dtype=found.dtype,
             rows=tuple(slice(low - index * found.tokens, high - index * found.tokens) for low, high in runs),
             decoder=found.decoder,
-            read=None if found.decoder else partial(_through_zarr, found.path, found.width),
+            read=None if found.decoder else partial(_through_zarr, path=found.path, width=found.width),
             held_by=capture,
         )
 
@@ -162,6 +162,8 @@ class _Lazy(BackendArray):
     dtype: np.dtype[Any]
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> NDArray[Any]:
+        if not isinstance(key, indexing.VectorizedIndexer):
+            return self._read(key.tuple)  # the adapter below stumbles over empty slices that go backwards
         found = indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
         return np.asarray(found)
 
@@ -197,7 +199,7 @@ class ComponentArray(_Lazy):
 
     def __init__(self, cells: Cells, component: str, *, layers: Sequence[int], axis: Axis, raw: bool = False) -> None:
         self.cells, self.component, self.layers, self.axis = cells, component, tuple(layers), axis
-        used = _used(cells, component, self.layers, axis)
+        used = _used(cells, component, layers=self.layers, axis=axis)
         found = {cells.captures[place].number: component_layout(cells, place, component) for place in used}
         width = _only(component, "width", {number: one.width for number, one in found.items()})
         dtypes = {number: one.dtype for number, one in found.items()}
@@ -232,7 +234,7 @@ class ComponentArray(_Lazy):
         return out
 
 
-def _used(cells: Cells, component: str, layers: Sequence[int], axis: Axis) -> list[int]:
+def _used(cells: Cells, component: str, *, layers: Sequence[int], axis: Axis) -> list[int]:
     """Return the captures that hold any of these cells; where none is, those that have the component."""
     rollouts = np.unique(axis.rollout)
     holders = {int(place) for n in layers for place in np.unique(cells.where(component, n)[0][rollouts])} - {-1}

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from datastore import lazy, results, scores, storage, stream, tables
 from datastore.axis import Axis
 from datastore.cells import Cells, Ints, latest
 from datastore.errors import AbsentError, CorruptError, DatastoreError, MisuseError
-from datastore.index import RolloutIndex
+from datastore.index import RolloutIndex, TokenVariable
 from datastore.kept import KeptStatistics
 from datastore.schema import ROLES, SEGMENTS
 from datastore.stream import Block, Span
@@ -29,8 +29,6 @@ __all__ = ["Store", "open"]
 R = TypeVar("R")
 Rollouts = str | Sequence[str] | pd.DataFrame | pd.Index | pd.Series | NDArray[Any] | None
 Where = Callable[[xr.Dataset], Any]
-_TASK_BYTES: Final = 128 << 20
-"""float32 bytes that a dask task holds where the caller lets the store choose chunks."""
 
 
 def open(path: str | os.PathLike[str]) -> "Store":
@@ -498,19 +496,14 @@ class Store:
 
     # -- wrapping --------------------------------------------------------------------------------------------------
 
-    def _coordinate(self, name: str, axis: Axis, chunk: int = 1024) -> xr.Variable:
-        array = lazy.TokenArray(self._cells, name, axis=axis)
-        return _variable(("token",), array, {"token": chunk})
+    def _coordinate(self, name: str, axis: Axis) -> xr.Variable:
+        return TokenVariable(("token",), _read_once(lazy.TokenArray(self._cells, name, axis=axis)))
 
     def _wrap(self, arrays: Mapping[str, Any], axis: Axis, layers: Sequence[int]) -> xr.Dataset:
         """Return lazy arrays with the coordinates of their tokens as a Dataset."""
-        widest = max((a.shape[2] if len(a.shape) > 2 else 1 for a in arrays.values()), default=1)
-        least = max((getattr(a, "chunk_tokens", 1024) for a in arrays.values()), default=1024)
-        chunk = max(least, 1 << max(0, (_TASK_BYTES // (4 * widest)).bit_length() - 1))
+        chunk = max((getattr(a, "chunk_tokens", 1024) for a in arrays.values()), default=1024)
         index = RolloutIndex(self._cells.ids, axis).compact()
-        coords: dict[str, Any] = {
-            name: self._coordinate(name, axis, chunk) for name in lazy.COORDINATES if name != "rollout"
-        }
+        coords: dict[str, Any] = {name: self._coordinate(name, axis) for name in lazy.COORDINATES if name != "rollout"}
         if layers:
             coords["layer"] = ("layer", np.asarray(layers, dtype=np.int32))
         variables, sizes = {}, dict[str, int]()
@@ -521,7 +514,7 @@ class Store:
                 sizes[hidden] = array.shape[2]
                 dims = (*dims, hidden)
             preferred = dict(zip(dims, (chunk, 1, *array.shape[2:]), strict=True))
-            variables[name] = _variable(dims, array, preferred)
+            variables[name] = xr.Variable(dims, _read_once(array), encoding={"preferred_chunks": preferred})
         dataset = xr.Dataset(variables, coords=coords, attrs={"store": str(self.path)})
         return dataset.assign_coords(xr.Coordinates.from_xindex(index))
 
@@ -542,11 +535,10 @@ class _AllThere:
             self.cells.check(range(len(self.cells.captures)))
 
 
-def _variable(dims: tuple[str, ...], array: Any, chunks: Mapping[str, int]) -> xr.Variable:
-    """Return a variable that reads when its values are used, and then keeps them, as xarray's own backends do."""
+def _read_once(array: Any) -> Any:
+    """Return an array that reads when its values are used, and then keeps them, as xarray's own backends do."""
     lazily: Any = indexing.LazilyIndexedArray(array)
-    data = indexing.MemoryCachedArray(indexing.CopyOnWriteArray(lazily))  # type: ignore[no-untyped-call]
-    return xr.Variable(dims, data, encoding={"preferred_chunks": dict(chunks)}, fastpath=True)
+    return indexing.MemoryCachedArray(indexing.CopyOnWriteArray(lazily))  # type: ignore[no-untyped-call]
 
 
 def _codes(what: str, asked: str | Sequence[str], known: Sequence[str]) -> set[int]:
