@@ -1,4 +1,4 @@
-"""A store of format version 1, kept in the repository: it must stay readable to the bit, whatever is written from now on.
+"""A store of format version 1, kept in the repository: it must stay readable to the bit, whatever is written later.
 
 Made once by `python -m tests.datastore.test_fixture`; its rows are a function of their names, made again here.
 """
