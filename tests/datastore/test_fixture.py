@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import datastore
+from datastore.schema import ComponentSpec
 from datastore.verify import verify
 from tests.datastore import making
 
@@ -29,7 +30,7 @@ def make(path: Path) -> None:
 
 
 @pytest.mark.parametrize("component", [making.RESIDUAL, making.KEYS], ids=lambda one: one.name)
-def test_rows_of_the_first_format_are_read_to_the_bit(component: making.ComponentSpec) -> None:
+def test_rows_of_the_first_format_are_read_to_the_bit(component: ComponentSpec) -> None:
     store = datastore.open(STORE)
     for one in ASKED[: 4 if component is making.RESIDUAL else 3]:
         for layer in (1, 5):
