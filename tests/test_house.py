@@ -18,6 +18,7 @@ MOST_POSITIONAL = 3
 # "datastore/x.py:f" -> why it may be longer, or take more.
 LONGER: dict[str, str] = {
     "capture/commands.py:capture": "the main command: its body hands thirty flags on, a line each",
+    "project/commands.py:project": "the same",
 }
 WIDER = {
     "capture/forward.py:__call__": "where rows go and the rows, as Writer.put takes them",
