@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -360,9 +361,13 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
         sync_file(path.parent)
 
 
+_one_filter = threading.Lock()
+"""The warning filters are the process's own: two threads that change them at once would restore each other's."""
+
+
 def consolidate(path: Path) -> None:
     """Write the consolidated metadata of a group that is complete."""
-    with warnings.catch_warnings():
+    with _one_filter, warnings.catch_warnings():
         # Consolidated metadata is not in the Zarr v3 specification; every reader that does not know it ignores it.
         warnings.filterwarnings(
             "ignore", message="Consolidated metadata is currently not part", category=ZarrUserWarning
