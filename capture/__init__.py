@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from capture.layerspec import parse_layers
     from capture.loading import Loaded, ModelInfo, describe, load
     from capture.runner import Done, run
+    from capture.steering import steered
     from capture.tokens import Rendered, render
 
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "capture.layerspec": ("parse_layers",),
     "capture.loading": ("Loaded", "ModelInfo", "describe", "load"),
     "capture.runner": ("Done", "run"),
+    "capture.steering": ("steered",),
     "capture.tokens": ("Rendered", "render"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -43,6 +45,7 @@ __all__ = [
     "parse_layers",
     "render",
     "run",
+    "steered",
 ]
 
 
