@@ -1,0 +1,156 @@
+"""One server for the page and the query API: Panel's page as routes of the FastAPI application that holds /api."""
+
+import errno
+import hmac
+import ipaddress
+import socket
+import sys
+import webbrowser
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from http.cookies import SimpleCookie
+from typing import Any
+from urllib.parse import parse_qs
+
+from fastapi import FastAPI, Response
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from datastore.errors import DatastoreError, MisuseError
+from datastore.query import Store
+
+__all__ = ["build", "serve"]
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+COOKIE = "ads-view-token"
+
+
+def build(stores: Sequence[Store], *, page: bool = True, token: str | None = None) -> FastAPI:
+    """Return the application: the page at /, the query API at /api.
+
+    Parameters
+    ----------
+    stores : sequence of Store
+        Nothing outside of them is served.
+    page : bool
+        Serve the page too.
+    token : str, optional
+        What a client must show: `?token=`, once, or an `Authorization: Bearer` header.
+    """
+    from view.api import create_app
+
+    app = FastAPI(title="activation-datastore", docs_url=None, redoc_url=None, openapi_url=None)
+    app.mount("/api", create_app(stores, token=token))
+    if page:
+        from panel.io.fastapi import add_applications
+
+        from view.page import document
+
+        app.add_api_route("/favicon.ico", lambda: Response(status_code=204), include_in_schema=False)
+        add_applications({"/": lambda: document(stores)}, app=app, title="Activations")
+    return app
+
+
+def serve(
+    stores: Sequence[Store],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 5006,
+    token: str | None = None,
+    page: bool = True,
+    open_browser: bool = False,
+) -> None:
+    """Serve until Ctrl-C.
+
+    Raises
+    ------
+    MisuseError
+        The address is not this machine's alone and no token is given.
+    DatastoreError
+        The port is taken.
+    """
+    import uvicorn
+
+    here = _loopback(host)
+    if not here and not token:
+        raise MisuseError(
+            f"{host} can be reached from other machines, so whoever finds it could read the stores; give --token WORD, "
+            "or leave --host out"
+        )
+    bound = _bind(host, port)
+    app: Any = build(stores, page=page, token=token)
+    if here:  # a page elsewhere must not reach this one under a name of its own
+        app = TrustedHostMiddleware(app, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1", "testserver"])
+    if token:
+        app = _Guard(app, token)
+    url = f"http://{'127.0.0.1' if here else host}:{bound.getsockname()[1]}/{'' if page else 'api/'}"
+    print(f"serving {url}  (Ctrl-C stops)", flush=True)
+    if open_browser:
+        webbrowser.open(url)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    uvicorn.Server(config).run(sockets=[bound])
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    if sys.platform != "win32":
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen(128)
+    except OSError as error:
+        bound.close()
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            taken = "is taken by another program" if error.errno == errno.EADDRINUSE else "needs special rights"
+            raise DatastoreError(f"port {port} {taken}, so nothing is served; give another one with --port") from None
+        raise DatastoreError(f"{host}:{port} can't be listened on ({error.strerror}); give another --host") from None
+    return bound
+
+
+class _Guard:
+    """Lets through who shows the token: in the query once, which a cookie remembers, or in a header."""
+
+    def __init__(self, app: Any, token: str) -> None:
+        self._app, self._token = app, token.encode()
+
+    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
+        if not any(map(self._right, [*asked, *self._carried(scope)])):
+            await self._refuse(scope, receive, send)
+            return
+
+        async def remembering(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start" and asked:
+                cookie = f"{COOKIE}={asked[0]}; HttpOnly; SameSite=Strict; Path=/"
+                message["headers"] = [*message["headers"], (b"set-cookie", cookie.encode("latin-1"))]
+            await send(message)
+
+        await self._app(scope, receive, remembering)
+
+    def _right(self, word: str) -> bool:
+        return hmac.compare_digest(word.encode(), self._token)
+
+    def _carried(self, scope: Scope) -> list[str]:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        scheme, _, word = headers.get("authorization", "").partition(" ")
+        return [cookie.value] * (cookie is not None) + [word] * (scheme.lower() == "bearer")
+
+    async def _refuse(self, scope: Scope, receive: Any, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        answer = Response("this server wants a token: add ?token=WORD to the address\n", 401, media_type="text/plain")
+        await answer(scope, receive, send)
