@@ -21,7 +21,7 @@ from project.pooling import pooled_means
 from project.positions import parse_position, token_columns, tokens_of
 from project.statistics import Interval, auroc, bootstrap_auroc
 
-__all__ = ["METHODS", "Fitted", "fit_directions", "labelled"]
+__all__ = ["METHODS", "Fitted", "fit_directions", "fit_vector", "labelled"]
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -228,7 +228,7 @@ def _fitted(
     means: Floats, samples: _Samples, *, layer: int, about: Mapping[str, Any], bag: float, seed: int, label: str
 ) -> Fitted:
     here, there = samples.fitted, ~samples.fitted
-    vector = _vector(means[here], samples.positive[here], about["method"], seed=seed)
+    vector = fit_vector(means[here], samples.positive[here], about["method"], seed=seed)
     score = means @ vector
     area = bootstrap_auroc(score[there & samples.positive], score[there & ~samples.positive], seed=seed)
     control = _shuffled(means, samples, about["method"], seed=seed)
@@ -272,14 +272,20 @@ def _shuffled(means: Floats, samples: _Samples, method: str, *, seed: int) -> In
     found = []
     for turn in range(SHUFFLES):
         shuffled = random.permutation(samples.positive[here])
-        score = means @ _vector(means[here], shuffled, method, seed=seed + turn + 1)
+        score = means @ fit_vector(means[here], shuffled, method, seed=seed + turn + 1)
         found.append(auroc(score[there & samples.positive], score[there & ~samples.positive]))
     low, high = np.quantile(found, [0.025, 0.975])
     return Interval(value=float(np.mean(found)), low=float(low), high=float(high))
 
 
-def _vector(means: Floats, positive: Flags, method: str, *, seed: int) -> Floats:
-    """Return the unit vector of a method; `random` looks at nothing."""
+def fit_vector(means: Floats, positive: Flags, method: str, *, seed: int = 0) -> Floats:
+    """Return the unit vector of a method over mean activations (rollout, hidden); `random` looks at nothing.
+
+    Raises
+    ------
+    MisuseError
+        The classes have the same mean, or an activation is not finite.
+    """
     if method == "random":
         vector = np.random.default_rng(seed).standard_normal(means.shape[1])
     elif method == "mean_diff":
