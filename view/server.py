@@ -24,8 +24,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 COOKIE = "ads-view-token"
 
 
-def build(stores: Sequence[Store], *, page: bool = True, token: str | None = None) -> FastAPI:
-    """Return the application: the page at /, the query API at /api.
+def build(stores: Sequence[Store], *, page: bool = True) -> FastAPI:
+    """Return the application: the page at /, the query API at /api, the stores' own files at /zarr. `serve` guards it.
 
     Parameters
     ----------
@@ -33,13 +33,13 @@ def build(stores: Sequence[Store], *, page: bool = True, token: str | None = Non
         Nothing outside of them is served.
     page : bool
         Serve the page too.
-    token : str, optional
-        What a client must show: `?token=`, once, or an `Authorization: Bearer` header.
     """
     from view.api import create_app
+    from view.zarr_http import zarr_app
 
     app = FastAPI(title="activation-datastore", docs_url=None, redoc_url=None, openapi_url=None)
-    app.mount("/api", create_app(stores, token=token))
+    app.mount("/api", create_app(stores))
+    app.mount("/zarr", zarr_app(stores))
     if page:
         from panel.io.fastapi import add_applications
 
@@ -77,7 +77,7 @@ def serve(
             "or leave --host out"
         )
     bound = _bind(host, port)
-    app: Any = build(stores, page=page, token=token)
+    app: Any = build(stores, page=page)
     if here:  # a page elsewhere must not reach this one under a name of its own
         app = TrustedHostMiddleware(app, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1", "testserver"])
     if token:
