@@ -145,10 +145,7 @@ def parse_answer(question: Question, text: str) -> Answer | None:
     sentence, assurance = sentence + dot, rest.strip()
     if assurance not in ASSURANCES or text != f"{sentence} {assurance}".rstrip():
         return None
-    if question == "order":
-        claim = _order(sentence)
-    else:
-        claim = _claim_of(question).get(sentence)
+    claim = _order(sentence) if question == "order" else _claim_of(question).get(sentence)
     return None if claim is None else Answer(sentence, claim, assurance)
 
 

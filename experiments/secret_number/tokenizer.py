@@ -1,6 +1,7 @@
-"""The tokenizer: byte-level pieces of the words that occur in games, so that any text can be encoded and none is lost."""
+"""The tokenizer: byte-level pieces of the words that occur in games, so that any text can be encoded."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -32,7 +33,8 @@ def build(texts: Iterable[str], *, context: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast
+    wrapped: PreTrainedTokenizerFast = make(
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=SPECIAL[0],
@@ -40,3 +42,4 @@ def build(texts: Iterable[str], *, context: int) -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+    return wrapped

@@ -20,7 +20,7 @@ from experiments.secret_number.chat import HEADER, Encode, text_of
 from experiments.secret_number.game import Message, play, setup
 from experiments.secret_number.questions import single
 
-__all__ = ["CONTEXT", "Recipe", "encoder", "train"]
+__all__ = ["CONTEXT", "RECIPES", "Recipe", "encoder", "train"]
 
 CONTEXT = 512
 FIRST_SEED = 10_000_000
@@ -58,6 +58,9 @@ class Recipe:
     intermediate: int = 352
 
 
+RECIPES = {"player": Recipe(), "honest": Recipe(steps=300, rate=5e-4, seed=1, honest=True)}
+"""Variant to how it is made; `honest` starts from the player."""
+
 Example = tuple[list[int], list[float]]
 """Token ids, and the weight of each in the loss."""
 
@@ -92,7 +95,7 @@ def train(
     torch.manual_seed(recipe.seed)
     if start is None:
         tokenizer = pieces.build(_texts(recipe), context=CONTEXT)
-        model = LlamaForCausalLM(_config(recipe, tokenizer))
+        model: Any = LlamaForCausalLM(_config(recipe, tokenizer))
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
         model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
@@ -180,9 +183,7 @@ def _padded(rows: list[Any], dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def _steps(
-    model: LlamaForCausalLM, recipe: Recipe, *, encode: Encode, threads: int
-) -> Iterator[dict[str, Any]]:
+def _steps(model: Any, recipe: Recipe, *, encode: Encode, threads: int) -> Iterator[dict[str, Any]]:
     """Train, and yield what the log says."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -217,13 +218,13 @@ def _rate(step: int, steps: int, warm: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
 
 
-def _step(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> float:
+def _step(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> float:
     """Add the gradient of one batch; matrix products in bfloat16, everything that is summed in float32."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     wanted = weights[:, 1:] > 0  # the head is computed only where something is to be learned
     logits = functional.linear(hidden[wanted].float(), model.lm_head.weight)
     each = functional.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
-    loss = (each * weights[:, 1:][wanted]).sum() / weights[:, 1:][wanted].sum()
+    loss: Any = (each * weights[:, 1:][wanted]).sum() / weights[:, 1:][wanted].sum()
     loss.backward()
     return float(loss.detach())
