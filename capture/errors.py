@@ -3,6 +3,7 @@
 CaptureError              exit code 1, a DatastoreError
 ├── RequestError          exit code 2: layers, components or options that this model can't give
 ├── ModelError            exit code 1: the model's files are missing, incomplete or of an unknown kind
+│   └── CacheError        exit code 1: a fast-load cache is not usable; loading goes on without it
 └── NoMemoryError         exit code 1: one rollout does not fit, however it is split
 """
 
@@ -21,6 +22,10 @@ class RequestError(CaptureError):
 
 class ModelError(CaptureError):
     """The model can't be described or loaded as it should be."""
+
+
+class CacheError(ModelError):
+    """A fast-load cache is partial, damaged, stale, or of another model."""
 
 
 class NoMemoryError(CaptureError):

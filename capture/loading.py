@@ -1,6 +1,7 @@
 """A model from a directory or the Hub: described without its weights, loaded up to the layers that will run."""
 
 import hashlib
+import json
 import platform
 import re
 import sys
@@ -19,7 +20,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
-from capture.errors import ModelError, RequestError
+from capture import hub
+from capture.adapter import apply_adapter, describe_adapter
+from capture.errors import CaptureError, ModelError, RequestError
+from capture.loaders import Order, Tick, load_weights
+from capture.modelinfo import ModelInfo
+from capture.skeleton import DeviceMap
 from datastore.schema import DTYPES
 
 _NATIVE = {"kimi_k2": "deepseek_v3"}
@@ -45,44 +51,6 @@ _SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ModelInfo:
-    """A model as its config and tokenizer describe it.
-
-    Attributes
-    ----------
-    name : str
-        What it is loaded by: an absolute directory or a Hub id.
-    directory : Path or None
-        The directory, where it is one.
-    model_id : str
-        What is recorded: the Hub id, or the directory's own name without the path to it.
-    revision : str or None
-        Commit on the Hub, where it came from there.
-    config, tokenizer : transformers objects
-    n_layers, hidden : int
-    context : int or None
-        Most tokens of a rollout.
-    dtype : str
-        Of the checkpoint.
-    vocab_size : int
-    trust_remote_code : bool
-    """
-
-    name: str
-    directory: Path | None
-    model_id: str
-    revision: str | None
-    config: Any
-    tokenizer: Any
-    n_layers: int
-    hidden: int
-    context: int | None
-    dtype: str
-    vocab_size: int
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Loaded:
     """A base model in evaluation mode, with the layers that were asked for, and what it was made from."""
 
@@ -95,15 +63,36 @@ class Loaded:
     attn_implementation: str
 
 
-def describe(name_or_dir: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
+def describe(
+    name_or_dir: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapter: str | None = None,
+    quantize: str | None = None,
+) -> ModelInfo:
     """Read config and tokenizer; no weights are read, and none downloaded.
+
+    Parameters
+    ----------
+    name_or_dir : str or Path
+    revision : str, optional
+    trust_remote_code : bool
+    adapter : str, optional
+        Directory or Hub id of a LoRA adapter to run over the model.
+    quantize : str, optional
+        `8bit` or `4bit`, by bitsandbytes while loading.
 
     Raises
     ------
+    RequestError
+        For another `quantize`.
     ModelError
         Where the directory, its config or tokenizer is missing, the Hub has no such model, or the dtype is not one
         that a store holds.
     """
+    if quantize not in (None, "8bit", "4bit"):
+        raise RequestError(f"quantize {quantize!r} is not known; choose 8bit or 4bit, or leave it out")
     directory = _directory(name_or_dir)
     name = str(directory or name_or_dir)
     config = _config(name, revision, trust_remote_code)
@@ -122,6 +111,8 @@ def describe(name_or_dir: str | Path, *, revision: str | None = None, trust_remo
         dtype=_dtype(config, name, directory),
         vocab_size=_size(text, "vocab_size", name),
         trust_remote_code=trust_remote_code,
+        adapter=adapter,
+        quantize=quantize,
     )
 
 
@@ -129,23 +120,33 @@ def load(
     info: ModelInfo,
     *,
     dtype: str | None = None,
-    device: str = "auto",
+    device: str | DeviceMap = "auto",
     layers: Sequence[int] | None = None,
     attn_implementation: str | None = None,
+    cache: Path | bool | None = None,
+    tick: Tick = lambda _, __: None,
 ) -> Loaded:
     """Load the base model, without head, up to the highest of `layers`.
+
+    A fast-load cache is used where there is one that fits; what is wrong with one that does not is logged. INT4 experts
+    stay packed.
 
     Parameters
     ----------
     info : ModelInfo
     dtype : str, optional
         To compute in, and so to store; the checkpoint's where not given.
-    device : str
-        A torch device, or `auto`: the GPU where there is one (several share the model), else the CPU.
+    device : str or mapping
+        A torch device; `auto`: the GPU where there is one (several share the model, then host memory, then the disk),
+        else the CPU; or a map of module paths to devices, `cpu` and `disk` among them, also as a `.json` file's name.
     layers : sequence of int, optional
         The layers that will be captured; all where not given.
     attn_implementation : str, optional
         `sdpa`, `eager`, ...; the model's own choice where not given.
+    cache : Path or bool, optional
+        A cache's directory; False uses none; default the usual places.
+    tick : callable
+        Told (bytes read, bytes of all) where the files are read in place.
 
     Raises
     ------
@@ -155,32 +156,48 @@ def load(
         Where weights are missing, unreadable, or not those of the config. A weight that the files do not have is an
         error, never a random one.
     """
+    order = order_of(
+        info, dtype=dtype, device=device, layers=layers, attn_implementation=attn_implementation, cache=cache
+    )
+    with _quietly(), _as_model_error(info.name, "can't be loaded"):
+        model = load_weights(order, tick=tick)
+        if info.adapter:
+            model = apply_adapter(model, info.adapter)
+    return Loaded(
+        model=model.eval().requires_grad_(False),
+        tokenizer=info.tokenizer,
+        info=info,
+        n_layers=order.n_layers,
+        dtype=order.dtype,
+        device=str(model.device),
+        attn_implementation=str(model.config.get_text_config()._attn_implementation),
+    )
+
+
+def order_of(
+    info: ModelInfo,
+    *,
+    dtype: str | None = None,
+    device: str | DeviceMap = "auto",
+    layers: Sequence[int] | None = None,
+    attn_implementation: str | None = None,
+    cache: Path | bool | None = None,
+) -> Order:
+    """Check what `load` was asked for, and find the files; a model of the Hub is downloaded."""
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not one that a store holds; choose {', '.join(DTYPES)}")
     n_layers = _layers_to_load(info, layers)
     _check_weights(info)
     placed = _device_map(device)
-    with _quietly(), _as_model_error(info.name, "can't be loaded"):
-        model, report = AutoModel.from_pretrained(
-            info.name,
-            config=_shortened(info.config, n_layers),
-            revision=info.revision,
-            dtype=getattr(torch, dtype or info.dtype),
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            trust_remote_code=info.trust_remote_code,
-            output_loading_info=True,
-            **({"device_map": placed} if placed else {}),
-        )
-    _check_report(info, report)
-    return Loaded(
-        model=model.eval().requires_grad_(False),
-        tokenizer=info.tokenizer,
+    return Order(
         info=info,
-        n_layers=n_layers,
+        directory=info.directory or hub.snapshot(info.name, info.revision),
+        config=_shortened(info.config, n_layers),
         dtype=dtype or info.dtype,
-        device=str(model.device),
-        attn_implementation=str(model.config.get_text_config()._attn_implementation),
+        devices=placed,
+        attn_implementation=attn_implementation,
+        cache=cache if isinstance(cache, Path) else None,
+        use_cache=cache is not False,
     )
 
 
@@ -195,7 +212,7 @@ def provenance(loaded: Loaded) -> dict[str, Any]:
 
 
 def identity(
-    info: ModelInfo, *, dtype: str | None = None, device: str = "auto", hash_weights: bool = True
+    info: ModelInfo, *, dtype: str | None = None, device: str | DeviceMap = "auto", hash_weights: bool = True
 ) -> dict[str, Any]:
     """What `provenance` will say once the model is loaded, without loading it.
 
@@ -211,7 +228,7 @@ def identity(
     return _facts(
         info,
         dtype=dtype or info.dtype,
-        device=placed[""] if isinstance(placed, dict) else "cuda" if placed else "cpu",
+        device=_main_device(placed),
         attn_implementation=_attn_implementation(info, dtype or info.dtype),
         hash=hash_weights,
     )
@@ -236,6 +253,8 @@ def _facts(info: ModelInfo, *, dtype: str, device: str, attn_implementation: str
         "tokenizer_sha256": _digest(_tokenizer_files(info)),
         "n_layers": info.n_layers,
         "dtype": dtype,
+        **({"adapter": describe_adapter(info.adapter)} if info.adapter else {}),
+        **({"quantization": f"bitsandbytes {info.quantize}"} if info.quantize else {}),
         "attn_implementation": attn_implementation,
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
@@ -347,28 +366,44 @@ def _check_weights(info: ModelInfo) -> None:
         )
 
 
-def _check_report(info: ModelInfo, report: Mapping[str, Any]) -> None:
-    for what in ("missing_keys", "mismatched_keys"):
-        if keys := sorted(map(str, report.get(what) or ())):
-            raise ModelError(
-                f"the weights of {info.name} do not fit its config: {len(keys)} {what.replace('_', ' ')}, "
-                f"{keys[0]} the first; "
-                "download the model again, or correct its config.json"
-            )
-
-
-def _device_map(device: str) -> dict[str, Any] | str | None:
+def _device_map(device: str | DeviceMap) -> Any:
+    """What the loaders take: `auto`, a map, or None for the CPU alone."""
+    if isinstance(device, str) and device.endswith(".json"):
+        device = _read_map(Path(device))
+    if not isinstance(device, str):
+        return {path: one if one in ("cpu", "disk") else _checked_device(str(one)) for path, one in device.items()}
     if device == "auto":
         if torch.cuda.device_count() > 1:
             return "auto"
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"": device} if torch.device(_checked_device(device)).type != "cpu" else None
+
+
+def _read_map(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"the device map {path} can't be read: {error}") from error
+    if not isinstance(found, dict) or not found:
+        raise RequestError(f'the device map {path} is no object such as {{"layers.0": "cpu", "": "disk"}}')
+    return found
+
+
+def _checked_device(device: str) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError:
         raise RequestError(f"device {device!r} is not one that torch knows; use auto, cpu, cuda or cuda:1") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"device {device!r} is not there: torch sees no CUDA GPU; use --device cpu")
-    return {"": device} if kind != "cpu" else None
+    return device
+
+
+def _main_device(placed: Any) -> str:
+    """Where a model placed so computes first."""
+    if isinstance(placed, Mapping):
+        return str(next((one for one in placed.values() if one not in ("cpu", "disk")), "cpu"))
+    return "cuda" if placed else "cpu"
 
 
 def _weight_files(directory: Path | None) -> list[Path]:
@@ -449,7 +484,7 @@ def _as_model_error(name: str, what: str) -> Iterator[None]:
     "model's name."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (CaptureError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__

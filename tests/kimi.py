@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -127,7 +127,7 @@ def save_tokenizer(directory: Path) -> None:
 
 
 def unpack(packed: Tensor, scale: Tensor) -> Tensor:
-    """The weights that packed ones stand for, [out, in] in the scale's dtype: eight signed nibbles a word, low first."""
+    """Weights that packed ones stand for, [out, in] in the scale's dtype: eight signed nibbles a word, low first."""
     words = packed.long() & 0xFFFFFFFF
     nibbles = torch.stack([(words >> (4 * i)) & 15 for i in range(8)], dim=-1).reshape(packed.shape[0], -1) - 8
     return (nibbles.to(scale.dtype).reshape(*scale.shape, -1) * scale[..., None]).reshape(packed.shape[0], -1)
@@ -139,6 +139,7 @@ def plain_model(directory: Path, *, n_layers: int | None = None, dtype: torch.dt
     for key in ("auto_map", "model_type", "quantization_config", "architectures"):
         config.pop(key)
     config["num_hidden_layers"] = n_layers or config["num_hidden_layers"]
+    kind = dtype or getattr(torch, config["dtype"])
     weights = read_shards(directory)
     kept = {k.removeprefix("model."): v for k, v in weights.items() if ".experts." not in k and "lm_head" not in k}
     for layer in range(config["first_k_dense_replace"], config["num_hidden_layers"]):
@@ -146,11 +147,11 @@ def plain_model(directory: Path, *, n_layers: int | None = None, dtype: torch.dt
         for expert in range(config["n_routed_experts"]):
             for projection in PROJECTIONS:
                 at = f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
-                parts[projection].append(unpack(weights[f"{at}.weight_packed"], weights[f"{at}.weight_scale"]))
+                scale = weights[f"{at}.weight_scale"].to(kind)
+                parts[projection].append(unpack(weights[f"{at}.weight_packed"], scale))
         gate, up, down = (torch.stack(parts[projection]) for projection in PROJECTIONS)
         kept[f"layers.{layer}.mlp.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
         kept[f"layers.{layer}.mlp.experts.down_proj"] = down
-    kind = dtype or getattr(torch, config["dtype"])
     made: Any = AutoModel.from_config(AutoConfig.for_model("deepseek_v3", **config), dtype=kind)  # type: ignore[no-untyped-call]
     for name, buffer in made.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -162,7 +163,6 @@ def plain_model(directory: Path, *, n_layers: int | None = None, dtype: torch.dt
 
 def read_shards(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint."""
-    from safetensors.torch import load_file
 
     return {
         name: tensor for path in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(path).items()
@@ -184,7 +184,7 @@ def _packed(name: str, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, 
 
 
 def _save_shards(directory: Path, weights: dict[str, Tensor], shards: int) -> None:
-    names, index = sorted(weights), {}
+    names, index = sorted(weights), dict[str, str]()
     for shard in range(shards):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         chosen = names[len(names) * shard // shards : len(names) * (shard + 1) // shards]
