@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from capture.errors import RequestError
 from datastore import storage
 from datastore.query import Store
-from datastore.schema import ROLES
-from experiments.formats import labels_of
 from experiments.rawfile import whole
 from experiments.rawfiles import write_raw
+from experiments.responsefile import response_record
 
 __all__ = ["Export", "carry_out", "plan_of", "record_of"]
 
@@ -187,68 +186,11 @@ def _config(store: Store, variant: str) -> dict[str, Any]:
 
 
 def record_of(store: Store, rollout_id: str, spans: pd.DataFrame | None, *, stem: str) -> dict[str, Any]:
-    """Return a rollout in the keys of a response file: tokens, text, turns, labels, annotations, tags."""
-    row: dict[Any, Any] = store.rollouts.loc[[rollout_id]].iloc[0].to_dict()
-    tokens, cut = store.tokens(rollout_id), int(row["prompt_end"])
-    text = [one if isinstance(one, str) else "" for one in tokens["text"]]
-    record: dict[str, Any] = {
-        "prompt": "".join(text[:cut]),
-        "response": "".join(text[cut:]),
-        "tokens": text,
-        "token_ids": [int(i) for i in tokens["token_id"]],
-        "prompt_end": cut,
-        "tags": list(row["tags"]),
-        "turn_boundaries": _turns(tokens),
-    }
-    if stem != rollout_id:
-        record["id"] = rollout_id
-    if row["prompt_set"]:
-        record["prompt_set"] = str(row["prompt_set"])
+    """Return a rollout as a response file, with its annotations."""
+    row = store.rollouts.loc[[rollout_id]].iloc[0].to_dict()
+    record = response_record(rollout_id, row, store.tokens(rollout_id), stem=stem)
     if spans is not None:
         columns = ("token_start", "token_end", "label")
         values = zip(*(spans[name].tolist() for name in columns), strict=True)
         record["annotations"] = [dict(zip(columns, one, strict=True)) for one in values]
-    return {**record, **_labels(row)}
-
-
-def _labels(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the labels; those named like a key of a response file stand in `source`, which is read as labels too."""
-    fixed = ("n_tokens", "prompt_end", "prompt_set", "tags", "token_sha256")
-    labels = {str(k): _plain(v) for k, v in row.items() if k not in fixed and v is not None and v == v}
-    free = {name: value for name, value in labels.items() if labels_of({name: value})}
-    others = {name: value for name, value in labels.items() if name not in free}
-    return {**free, **({"source": others} if others else {})}
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _turns(tokens: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return runs of one role and turn, with the reasoning ranges in each."""
-    role = np.asarray([ROLES.index(str(one)) for one in tokens["role"]])
-    turn, thinking = tokens["turn"].to_numpy(), tokens["thinking"].to_numpy(dtype=np.bool_)
-    edges = np.flatnonzero((np.diff(role) != 0) | (np.diff(turn) != 0)) + 1
-    found = []
-    for start, stop in zip([0, *edges.tolist()], [*edges.tolist(), len(role)], strict=True):
-        inside = _ranges(thinking[start:stop], start)
-        if role[start] == 0 and turn[start] == -1 and not inside:
-            continue
-        one: dict[str, Any] = {"role": ROLES[role[start]], "token_start": start, "token_end": stop}
-        one["turn"] = int(turn[start])
-        if ROLES[role[start]] == "assistant":
-            one["has_thinking"] = bool(inside)
-        if len(inside) == 1:
-            one["thinking_start"], one["thinking_end"] = inside[0]
-        elif inside:
-            one["thinking_ranges"] = inside
-        found.append(one)
-    # Said even where there is nothing to say: a file without turns is read by the usual rule, response = assistant.
-    return found or [{"role": "none", "token_start": 0, "token_end": len(role), "turn": -1}]
-
-
-def _ranges(marks: NDArray[np.bool_], first: int) -> list[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], marks, [False]]).astype(np.int8)))
-    return [(first + int(a), first + int(b)) for a, b in edges.reshape(-1, 2)]
-
-
+    return record
