@@ -130,7 +130,7 @@ def _write_annotations(store: Store, sets: Mapping[str, str], *, inference: Path
 def _texts(store: Store, name: str, spans: pd.DataFrame) -> list[dict[str, Any]]:
     """Return spans as text; of one that begins in the prompt only what is response, where that viewer looks."""
     texts = [text if isinstance(text, str) else "" for text in store.tokens(name)["text"]]
-    cut = int(store.rollouts.loc[name, "prompt_end"])
+    cut = int(store.cells.column("prompt_end")[store.cells.index[name]])
     found = []
     columns = (spans[column].tolist() for column in ("token_start", "token_end", "label"))
     for start, stop, label in zip(*columns, strict=True):
