@@ -11,10 +11,11 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from calibrate import formulas
-from calibrate.layer import QUANTILES, LayerSums, Settings, look, sum_layer
+from calibrate.layer import QUANTILES, LayerSums, look_layers, sum_layers
 from calibrate.passes import PERCENTILES, Details, Tick
 from calibrate.rows import StoreRows
 from calibrate.selected import Chosen, Selected, Selection, resolve
+from calibrate.tasks import TASK_BYTES, Job, Runner, Settings, in_process
 from datastore.errors import AbsentError
 from datastore.schema import SEGMENTS
 
@@ -78,6 +79,7 @@ def fit(
     passes: bool = True,
     memory: int = DEFAULT_MEMORY,
     tick: Tick | None = None,
+    runner: Runner | None = None,
 ) -> Calibration:
     """Calibrate a selection.
 
@@ -109,6 +111,8 @@ def fit(
         Bytes to stay under.
     tick : callable, optional
         Told the number of tokens × layers of each block that is done.
+    runner : callable, optional
+        Makes the passes elsewhere, see `calibrate.distributed`; the results are the same to the bit.
 
     Returns
     -------
@@ -126,21 +130,16 @@ def fit(
         A chunk is missing or does not decode.
     """
     selected = resolve(selection, component=component, layers=layers, rollouts=rollouts, segment=segment)
-    settings = Settings(
-        top_k=top_k, threshold=threshold, passes=passes, memory=memory, tick=tick or (lambda tokens: None)
-    )
-    found = [sum_layer(selected, layer, settings=settings) for layer in selected.layers]
+    settings = Settings(top_k=top_k, threshold=threshold, passes=passes, memory=memory)
+    job, run = Job(selected=selected, settings=settings), runner or in_process(tick or (lambda tokens: None))
+    found = sum_layers(job, run)
     table = _Table(selected, found, threshold=threshold)
     table.add_moments(top_k)
     table.add_rollouts()
     table.add_norms()
     if passes:
-        dims = table.tracked
-        looked = []
-        for layer, one in zip(selected.layers, found, strict=True):
-            looked.append(look(selected, layer, dims=dims, means=one.means, settings=settings))
-            one.means.clear()
-        table.add_details(looked)
+        nbytes = TASK_BYTES if runner else 0
+        table.add_details(look_layers(job, run, dims=table.tracked, sums=found, nbytes=nbytes))
     request = {"layers": layers, "rollouts": rollouts, "segment": segment, "top_k": top_k, "threshold": threshold}
     return Calibration(data=table.dataset(_asked(request)))
 
@@ -206,7 +205,7 @@ class _Table:
     def add_rollouts(self) -> None:
         """Add what is found for each rollout by itself, and its mean over rollouts."""
         source, flags = self._source("rows"), self.selected.aligned
-        alignment = np.stack([one.alignment for one in self.found], axis=-1)
+        alignment = np.stack([one.rows("alignment") for one in self.found], axis=-1)
         of_rollout = _mean_known(np.where(flags[..., None], alignment, np.nan), axis=1)
         self.add("alignment", _ALIGNED, alignment, source=source, what="mean cosine of the tokens with their mean")
         what = "that of the segment that counts for a rollout, or the mean of both"
@@ -221,7 +220,7 @@ class _Table:
             "massive": f"ratio above {self.threshold:g}",
         }
         for name, what in described.items():
-            values = np.stack([getattr(one, name) for one in self.found], axis=1)
+            values = np.stack([one.rows(name) for one in self.found], axis=1)
             self.add(f"rollout_{name}", _ROLLOUT, values, source=source, what=what)
 
     def add_norms(self) -> None:

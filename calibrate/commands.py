@@ -3,7 +3,7 @@
 What computes is imported inside the commands, so that help is instant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,6 +68,8 @@ def calibrate(
         str | None, typer.Option("--model-variant", help="Model variant of the experiment.")
     ] = None,
     prompt_set: Annotated[str | None, typer.Option("--prompt-set", help="Prompt set of the experiment.")] = None,
+    scheduler: console.Scheduler = None,
+    workers: console.Workers = None,
     memory: console.Memory = console.DEFAULT_MEMORY,
     dry_run: console.DryRun = False,
     as_json: console.Json = False,
@@ -87,10 +89,16 @@ def calibrate(
     kept = _keeps(paths, keep, required=export is None and experiment is None)
     if kept:
         check_places(paths, out=keep)
-    found = [
-        _fitted(chosen, name, **wanted, top_k=top_k, threshold=threshold, memory=memory, quiet=as_json)
-        for name in names
-    ]
+    found = _fitted(
+        chosen,
+        names,
+        cluster={"scheduler": scheduler, "workers": workers},
+        quiet=as_json,
+        **wanted,
+        top_k=top_k,
+        threshold=threshold,
+        memory=memory,
+    )
     written = _written(found[0], export, out, experiment=experiment, variant=variant, prompt_set=prompt_set, plot=plot)
     _show(found, _saved(found, keep) if kept else [], written, as_json=as_json)
 
@@ -161,40 +169,53 @@ def _selected(chosen: "Sequence[tuple[Store, list[str] | None]]", component: str
 
 def _fitted(
     chosen: "Sequence[tuple[Store, list[str] | None]]",
+    components: Sequence[str],
+    *,
+    cluster: dict[str, Any],
+    quiet: bool,
+    **wanted: Any,
+) -> "list[Calibration]":
+    """Calibrate each component, in this process or on a cluster."""
+    with console.progress(quiet=quiet) as bar:
+        task = bar.add_task("calibrate", total=0, note="tokens x layers")
+
+        def tick(tokens: int) -> None:
+            bar.update(task, advance=tokens)
+
+        def begin(component: str, total: int) -> None:
+            bar.reset(task, description=component, total=total)
+
+        if cluster["scheduler"] is None and cluster["workers"] is None:
+            return [_fit(chosen, name, begin=begin, tick=tick, **wanted) for name in components]
+        from calibrate.distributed import cluster_runner
+
+        with cluster_runner(**cluster, memory=wanted["memory"], tick=tick) as runner:
+            return [_fit(chosen, name, begin=begin, runner=runner, **wanted) for name in components]
+
+
+def _fit(
+    chosen: "Sequence[tuple[Store, list[str] | None]]",
     component: str,
     *,
-    quiet: bool,
-    top_k: int,
-    threshold: float,
-    memory: int,
+    begin: Callable[[str, int], None],
+    layers: str | None,
     **wanted: Any,
 ) -> "Calibration":
     from calibrate.calibration import fit
     from calibrate.layerspec import captured_layers
     from calibrate.reading import to_read
 
-    selected = _selected(chosen, component, **wanted)
+    selected = _selected(chosen, component, layers=layers, segment=wanted["segment"])
     for source in selected.sources:
         left_out = getattr(source, "left_out", ())
-        if left_out and wanted["layers"] is None:
+        if left_out and layers is None:
             console.warn(
                 f"{component} at layers {', '.join(map(str, left_out))} is not captured for all the rollouts, so they "
                 "are left out; name --layers, or choose rollouts that have them"
             )
-    with console.progress(quiet=quiet) as bar:
-        total = sum(one.tokens for one in to_read(selected, passes=wanted["passes"]))
-        task = bar.add_task(component, total=total, note="tokens x layers")
-        return fit(
-            chosen,
-            component=component,
-            layers=captured_layers(wanted["layers"], [store for store, _ in chosen], component),
-            segment=wanted["segment"],
-            top_k=top_k,
-            threshold=threshold,
-            passes=wanted["passes"],
-            memory=memory,
-            tick=lambda tokens: bar.update(task, advance=tokens),
-        )
+    begin(component, sum(one.tokens for one in to_read(selected, passes=wanted["passes"])))
+    numbers = captured_layers(layers, [store for store, _ in chosen], component)
+    return fit(chosen, component=component, layers=numbers, **wanted)
 
 
 def _keeps(paths: Sequence[Path], out: Path | None, *, required: bool) -> bool:

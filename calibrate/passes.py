@@ -7,7 +7,7 @@ blocks, to float64 rounding.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,8 @@ PERCENTILES = (1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0)
 ABOVE = 10.0
 """Times the median dimension's mean magnitude that a token must exceed to be counted in the share above it."""
 _TILE_ROWS = 16
-_FOLD = 1 << 20
+_FOLD, _TABLE_BYTES = 1 << 20, 8 << 15
+"""Values are counted when they take more memory than that, or than the counts do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,6 +98,17 @@ class Details:
     spreads: dict[Key, Spread]
     magnitude_counts: NDArray[np.int64]
     columns: "Columns"
+
+    @classmethod
+    def empty(cls, columns: "Columns") -> Self:
+        """What is found in no token."""
+        return cls(spreads={}, magnitude_counts=np.zeros(1 << 15, np.int64), columns=columns)
+
+    def merge(self, other: "Details", *, first: int) -> None:
+        """Add what was found in other rows, which count from `first` here."""
+        self.spreads.update({(first + row, segment): spread for (row, segment), spread in other.spreads.items()})
+        self.magnitude_counts[...] += other.magnitude_counts
+        self.columns.merge(other.columns)
 
     @property
     def median(self) -> float:
@@ -209,13 +221,21 @@ class Columns:
         """
         self._parts.setdefault(part.dtype, []).append(part)
         self._held += part.nbytes
-        if self._held > min(_FOLD, self._memory):
+        if self._held > min(max(_FOLD, len(self.dims) * _TABLE_BYTES), self._memory):
             self._fold()
         if self._held > self._memory:
             raise MisuseError(
                 f"the values of {len(self.dims)} dimensions take more than {self._memory} bytes, so their percentiles "
                 "can't be found; allow more --memory, or select fewer rollouts"
             )
+
+    def merge(self, other: "Columns") -> None:
+        """Add what another counted and kept."""
+        for dtype, table in other._counts.items():
+            self._counts[dtype] = self._counts[dtype] + table if dtype in self._counts else table
+        for parts in other._parts.values():
+            for part in parts:
+                self.add(part)
 
     def finish(self, base: float) -> tuple[Floats, Floats]:
         """Return percentiles of |h_d|, (PERCENTILES, dims), and the per cent of tokens above 10 × base, (dims,)."""

@@ -72,6 +72,9 @@ class Rows(Protocol):
     def unkept(self, layer: int, rows: Sequence[int]) -> list[int]:
         """Return those of some rows of which nothing was kept by themselves."""
 
+    def in_order(self, layer: int, rows: Sequence[int]) -> list[int]:
+        """Return some rows in the order that their tokens lie in."""
+
     def kept(self, layer: int, rows: Sequence[int]) -> Kept:
         """Return the statistics kept for some rows."""
 
@@ -144,6 +147,13 @@ class StoreRows:
         names = [self.ids[row] for row in rows]
         alone = set(self.store.statistics(self.component, layer, rollouts=names).per_rollout)
         return [row for row in rows if self.ids[row] not in alone]
+
+    def in_order(self, layer: int, rows: Sequence[int]) -> list[int]:
+        """Return some rows in the order of captures and their token axes."""
+        cells = self.store.cells
+        holder, place = cells.where(self.component, layer)
+        at = {row: cells.index[self.ids[row]] for row in rows}
+        return sorted(rows, key=lambda row: (int(holder[at[row]]), int(place[at[row]])))
 
     def kept(self, layer: int, rows: Sequence[int]) -> Kept:
         """Return the statistics kept for some rows."""
@@ -251,6 +261,10 @@ class ArrayRows:
 
     def unkept(self, layer: int, rows: Sequence[int]) -> list[int]:
         """Return all of them."""
+        return list(rows)
+
+    def in_order(self, layer: int, rows: Sequence[int]) -> list[int]:
+        """Return them as they are."""
         return list(rows)
 
     def kept(self, layer: int, rows: Sequence[int]) -> Kept:

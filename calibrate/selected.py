@@ -69,6 +69,15 @@ class Selected:
         """Tokens that are pooled."""
         return int(self.counts[self.pooled].sum())
 
+    def part(self, source: int) -> slice:
+        """Return where the rollouts of a source are, sources end to end."""
+        first = sum(len(one.table) for one in self.sources[:source])
+        return slice(first, first + len(self.sources[source].table))
+
+    def rows(self, source: int) -> list[int]:
+        """Return the rows of a source that are looked at."""
+        return [int(row) for row in np.flatnonzero(self.wanted[self.part(source)].any(axis=1))]
+
     def offsets(self) -> Iterator[tuple[int, Rows]]:
         """Yield each source with the place of its first rollout."""
         first = 0

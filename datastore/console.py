@@ -40,8 +40,10 @@ __all__ = [
     "Limit",
     "Memory",
     "Out",
+    "Scheduler",
     "Segment",
     "Where",
+    "Workers",
     "Yes",
     "confirm",
     "emit_json",
@@ -148,6 +150,12 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="PATH", help="Where t
 Memory = Annotated[
     int,
     typer.Option("--memory", metavar="SIZE", parser=parse_bytes, show_default="1GB", help="Memory to stay under."),
+]
+Scheduler = Annotated[
+    str | None, typer.Option("--scheduler", metavar="ADDRESS", help="A dask scheduler, as tcp://host:8786.")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", metavar="N", min=1, help="Processes to start on this machine.")
 ]
 Input = Annotated[
     list[str] | None,

@@ -90,10 +90,8 @@ def project(
     experiment: Experiment = None,
     model_variant: Variant = None,
     prompt_set: PromptSet = None,
-    scheduler: Annotated[
-        str | None, typer.Option("--scheduler", metavar="ADDRESS", help="A dask scheduler, as tcp://host:8786.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes to start on this machine.")] = None,
+    scheduler: console.Scheduler = None,
+    workers: console.Workers = None,
     memory: console.Memory = console.DEFAULT_MEMORY,
     dry_run: console.DryRun = False,
     as_json: console.Json = False,

@@ -12,9 +12,8 @@ import xarray as xr
 
 import calibrate
 import datastore
-from calibrate.commands import app
 from calibrate.layerspec import parse_captured
-from datastore import console, storage
+from datastore import storage
 from datastore.errors import AbsentError, MisuseError
 from datastore.results import read_results
 from experiments.projections import read_massive
@@ -29,29 +28,6 @@ def store(tmp_path: Path) -> Path:
     rows = random_rows(1, LENGTHS, LAYERS)
     build(tmp_path / "run.zarr", {"residual": rows, "attn_contribution": rows}, ENDS)
     return tmp_path / "run.zarr"
-
-
-class Ran:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def of(*words: str | Path) -> Ran:
-        with pytest.raises(SystemExit) as ended:
-            console.run(app, [str(word) for word in words])
-        printed = capsys.readouterr()
-        return Ran(int(ended.value.code or 0), printed.out, printed.err)
-
-    return of
 
 
 def test_it_keeps_results_in_the_store_and_says_what_took_a_pass(store: Path, run: Any) -> None:

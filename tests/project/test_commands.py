@@ -125,7 +125,7 @@ def test_misuse_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("project.distributed.CONNECT_SECONDS", 1)
+    monkeypatch.setattr("datastore.cluster.CONNECT_SECONDS", 1)
     assert run(golden.path, "--vectors", GOLDEN, "--force-model", "--layers", "3", *words) == code
     assert message in " ".join(capsys.readouterr().err.split())
 
