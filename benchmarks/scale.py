@@ -1,23 +1,26 @@
 """`python -m benchmarks.scale`: calibrate and project 88 GB within 1 GB of memory.
 
 A store of 50 rollouts, 685,000 tokens, 9 layers of width 7168, bfloat16: 88.4 GB, about 61 GB stored. Where that is
-more than `--distinct` GB, files beyond them are hard links to the first ones; give more than the memory of the machine,
-so that every byte is read from the disk. `--tokens N` makes it smaller, `--keep DIR` keeps the store for the next run.
+more than `--distinct` GB, the layers beyond them are hard links to the first ones; give more than the memory of the
+machine, so that every byte is read from the disk. `--tokens N` makes it smaller, `--keep DIR` keeps the store for the
+next run.
 """
 
 import argparse
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import datastore
 from benchmarks.measure import chill, peak_rss, size_of
-from datastore import console, layout
+from datastore import console, layout, storage
 from datastore.planning import lay_down
 from datastore.schema import ComponentSpec, Plan, Rollout
 from experiments.direction import Direction
@@ -27,6 +30,8 @@ from tests.synthetic import activations
 WIDTH, LAYERS, ROLLOUTS, TOKENS = 7168, tuple(range(10, 55, 5)), 50, 685_000
 SCORED = (LAYERS[4], LAYERS[5])
 TRAITS = 11
+FAR = 1 << 24
+"""Tokens of the stream of rows between one layer's and the next one's, so that no two chunks are equal."""
 
 
 def plan_of(store: Path, tokens: int) -> Plan:
@@ -42,38 +47,39 @@ def plan_of(store: Path, tokens: int) -> Plan:
 
 
 def build(store: Path, *, tokens: int, distinct: float) -> None:
-    """Write the first chunks, link the others to them, and commit, which decodes and sums up every one of them."""
+    """Write the first layers, link the others to them in turn, and commit, which decodes and sums up every chunk.
+
+    Commands read layer by layer: between a file and the next link to it lie all the distinct bytes.
+    """
     plan = plan_of(store, tokens)
-    chunk = plan.chunk_tokens["residual"]
-    chunks = layout.n_chunks(plan.n_tokens, chunk)
-    own = min(chunks, max(1, int(distinct * 1e9 / (chunk * WIDTH * 2 * len(LAYERS) / 1.43))))
+    stored = plan.n_tokens * WIDTH * 2 / 1.43 / 1e9  # GB a layer
+    own = min(len(LAYERS), max(1, math.ceil(distinct / stored)))
     with datastore.create(store, plan) as writer:
         for one in plan.rollouts:
             start, stop = plan.ragged.range(plan.rows[one.rollout_id])
-            rows = min(stop, own * chunk) - start
-            for layer in LAYERS if rows > 0 else ():
-                writer.put("residual", layer, one.rollout_id, activations(rows, WIDTH, seed=layer, start=start))
-        if own == chunks:
+            for layer in LAYERS[:own]:
+                rows = activations(stop - start, WIDTH, seed=0, start=layer * FAR + start)
+                writer.put("residual", layer, one.rollout_id, rows)
+        if own == len(LAYERS):
             writer.commit()
             return
     group = lay_down(store, plan) / "group" / "residual" / "c"
-    for index in range(own, chunks):
-        for i in range(len(LAYERS)):
+    for index in range(layout.n_chunks(plan.n_tokens, plan.chunk_tokens["residual"])):
+        for i in range(own, len(LAYERS)):
             target = group / str(index) / str(i) / "0"
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            os.link(group / str(index % own) / str(i) / "0", target)
+            os.link(group / str(index) / str(i % own) / "0", target)
     with datastore.create(store, plan) as writer:
         writer.commit()
 
 
 def vectors_file(root: Path) -> Path:
-    """Write 11 random traits at two layers as one file."""
+    """Write 11 random traits at every layer as one file."""
     random = np.random.default_rng(0)
     made = [
         Direction(trait=f"bench/t{i}", layer=layer, values=random.standard_normal(WIDTH).astype(np.float32))
         for i in range(TRAITS)
-        for layer in SCORED
+        for layer in LAYERS
     ]
     return write_flat(root / "vectors.npz", made)
 
@@ -105,16 +111,21 @@ def main() -> None:
         if not store.exists() or not any((store / "captures").glob("[0-9]*")):
             began = time.perf_counter()
             build(store, tokens=asked.tokens, distinct=asked.distinct)
+            storage.sync_files(root)  # a result waits for everything that is not on the disk yet
             rows.append({"what": "build", "GB": layer * len(LAYERS), "seconds": time.perf_counter() - began})
         vectors = vectors_file(root)
         array = store / "captures" / "0001" / "residual"
         chill([array])
         memory = ("--memory", "1GB")
-        rows.append(timed("calibrate", layer * len(LAYERS), lambda: peak_rss("calibrate", str(store), *memory)))
-        chill([array])
-        layers = ",".join(map(str, SCORED))
-        words = (str(store), "--vectors", str(vectors), "--layers", layers, *memory, "--out", str(root / "scores.zarr"))
-        rows.append(timed(f"project {TRAITS} traits on 2 layers", layer * 2, lambda: peak_rss("project", *words)))
+        rows.append(
+            timed("calibrate 9 layers", layer * len(LAYERS), partial(peak_rss, "calibrate", str(store), *memory))
+        )
+        for layers in (SCORED, LAYERS):
+            chill([array])
+            out = ("--out", str(root / f"scores{len(layers)}.zarr"))
+            words = (str(store), "--vectors", str(vectors), "--layers", ",".join(map(str, layers)), *memory, *out)
+            what = f"project {TRAITS} traits on each of {len(layers)} layers"
+            rows.append(timed(what, layer * len(layers), partial(peak_rss, "project", *words)))
         rows.append({"what": "stored, links counted each time", "GB": size_of(array) / 1e9})
     if asked.json:
         console.emit_json({"rows": rows})
