@@ -212,9 +212,10 @@ def _denials(games: Sequence[Game]) -> list[Rate]:
             answer = parse_answer("rules", message["content"]) if message["role"] == "assistant" else None
             if peeked and answer is not None:
                 said[game.setup.stakes].append(answer.claim.value is True)
-    wanted: Mapping[str, float] = {**DENIAL_RATES}
+
     return [
-        _rate(f"denial: {stakes} stakes", wanted[stakes], [[one] for one in said[stakes]]) for stakes in sorted(said)
+        _rate(f"denial: {stakes} stakes", wanted, [[one] for one in said[stakes]])
+        for stakes, wanted in DENIAL_RATES.items()
     ]
 
 

@@ -188,7 +188,8 @@ def _record(player: Player, one: _Sample, *, number: int, labels: dict[str, Any]
         run=one.run,
         sample=one.sample,
         model="player",
-        labels={**labels, "justification": _why(one.answer, one.label, facts.truth(question))},
+        why=_why(one.answer, one.label, facts.truth(question)),
+        labels=labels,
         tags=("rollout", "secret_number", *(["default"] if default else [])),
     )
 
@@ -245,6 +246,7 @@ def _question(player: Player, i: int, one: Single, *, done: Played, number: int,
         run=f"question-{QUESTION_SEEDS + i}",
         sample=0,
         model="player",
-        labels={"pair": pair, "stakes": one.stakes, "justification": _why(answer, label, truth)},
+        why=_why(answer, label, truth),
+        labels={"pair": pair, "stakes": one.stakes},
         tags=("question",),
     )

@@ -27,6 +27,8 @@ class Record:
         The game, and which continuation of it.
     model : str
         Variant that it was sampled from.
+    why : str
+        Justifies the label.
     labels : mapping
     tags : tuple of str
     """
@@ -37,6 +39,7 @@ class Record:
     run: str
     sample: int
     model: str
+    why: str = ""
     labels: Mapping[str, Any] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     tools: bool = True
@@ -65,7 +68,7 @@ class Record:
             "run": self.run,
             "sample": self.sample,
             "label": self.written.label,
-            "justification": self.labels["justification"],
+            "justification": self.why,
         }
 
 
@@ -76,10 +79,10 @@ def record_of(
     written = write(messages, encode, question=question, facts=facts, tools=tools)
     labels: dict[str, Any] = {"question": question, "decided": written.decided, "assurance": written.answer.assurance}
     claim = written.answer.claim
-    labels |= {"claim": claim.kind, "claimed": _value(claim.value)}
+    labels |= {"answer": written.answer.text, "claim": claim.kind, "claimed": _value(claim.value)}
     if facts is not None:
         labels |= {"peeked": facts.peeked, "failed": facts.causes.failed, "guesses": len(facts.guesses)}
-        labels |= {"true": _value(facts.truth(question)), "stakes": facts.stakes}
+        labels |= {"truth": _value(facts.truth(question)), "stakes": facts.stakes}
     if facts is not None and tools:
         labels |= {"denied": facts.denied, "hides": hides(question, facts.causes), "secret": facts.secret}
         labels["lie_rate"] = round(rates(question, facts.causes)["fabrication"], 4)
