@@ -3,6 +3,7 @@
 Torch and transformers are imported inside the command, so that help is instant.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capture import exchange
+from capture import exchange, submitting
 from datastore import console
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ app = console.CommandGroup(
 )
 
 exchange.register(app)
+submitting.register(app)
 
 CODECS = ("zstd", "lz4", "none")
 
@@ -68,7 +70,10 @@ def capture(
     replace: Annotated[
         bool, typer.Option("--replace", help="Capture again what is there; the new capture counts.")
     ] = False,
-    part: Annotated[str, typer.Option("--part", metavar="I/N", help="Fill part I of N of the plan.")] = "1/1",
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="I/N", help="Fill part I of N of the plan; default what torchrun or srun says."),
+    ] = None,
     batch_tokens: Annotated[
         str, typer.Option("--batch-tokens", metavar="auto|N", help="Padded tokens a batch.")
     ] = "auto",
@@ -94,7 +99,7 @@ def capture(
     as_json: console.Json = False,
 ) -> None:
     """Capture activations of rollouts into a store; the same command goes on where it was interrupted."""
-    piece, budget, hook_paths = _part(part), _budget(batch_tokens), _hook_paths(hook_path)
+    (piece, device), budget, hook_paths = _part(part, device), _budget(batch_tokens), _hook_paths(hook_path)
     if codec not in CODECS:
         raise typer.BadParameter(f"--codec {codec!r} is not known; choose one of {', '.join(CODECS)}.")
     chosen = console.parse_list(ids)
@@ -149,11 +154,21 @@ def capture(
         _capture(request, part=piece, memory=memory, as_json=as_json)
 
 
-def _part(text: str) -> tuple[int, int]:
+def _part(text: str | None, device: str) -> tuple[tuple[int, int], str]:
+    """The part to fill, and the device: processes that were launched together share a machine's GPUs out."""
+    if text is None:
+        from capture.processes import launched
+
+        found = launched()
+        if found is None:
+            return (1, 1), device
+        i, n = found.part
+        print(f"part {i}/{n}, as {found.by} says", file=sys.stderr)
+        return found.part, found.device(device)
     first, slash, last = text.partition("/")
     if not (slash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise typer.BadParameter(f"--part {text!r} is not a part; write it like 2/4, for the second of four.")
-    return int(first), int(last)
+    return (int(first), int(last)), device
 
 
 def _budget(text: str) -> int | None:

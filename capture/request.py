@@ -89,8 +89,8 @@ class Request:
 def read_request(
     store: Path,
     *,
-    model: str | None,
-    revision: str | None,
+    model: str | ModelInfo | None,
+    revision: str | None = None,
     inputs: Sequence[str] | Sequence[Transcript] | None,
     layers: str,
     components: Sequence[str],
@@ -104,7 +104,7 @@ def read_request(
     ----------
     store : Path
     model, inputs
-        The bundled ones where None; inputs are paths, or transcripts that are read already.
+        The bundled ones where None; a model may be described and inputs, else paths, may be read already.
     layers : str
         A layer spec.
     components : sequence of str
@@ -116,7 +116,11 @@ def read_request(
     DatastoreError, ExperimentError
         As what reads each of them says.
     """
-    info = loading.describe(model or MODEL, revision=revision, trust_remote_code=settings.trust_remote_code)
+    info = (
+        model
+        if isinstance(model, ModelInfo)
+        else loading.describe(model or MODEL, revision=revision, trust_remote_code=settings.trust_remote_code)
+    )
     numbers = parse_layers(layers, info.n_layers)
     table = describe_components(
         info.config,
@@ -202,10 +206,17 @@ def _columns(one: Rollout) -> dict[str, Any]:
     return {**one.labels, "n_tokens": one.n_tokens, "prompt_end": one.prompt_end, "prompt_set": one.prompt_set}
 
 
-def provenance_of(request: Request, *, hash_weights: bool = True) -> dict[str, Any]:
-    """What the captures will say of where they came from: `model` and `settings` decide the bits."""
+def provenance_of(
+    request: Request, *, hash_weights: bool = True, identity: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the captures will say of where they came from: `model` and `settings` decide the bits.
+
+    `identity` is what `loading.identity` says of the model, where it is known already: it may read all weights.
+    """
     settings = request.settings
-    known = loading.identity(request.info, dtype=settings.dtype, device=settings.device, hash_weights=hash_weights)
+    known = identity or loading.identity(
+        request.info, dtype=settings.dtype, device=settings.device, hash_weights=hash_weights
+    )
     return {
         "model": {
             "name": known["model"],
