@@ -213,7 +213,7 @@ def _questions(player: Player, *, seed: int, sizes: Sizes) -> list[Record]:
         text = done.conversation.messages[-1]["content"]
         answer = parse_answer(one.question, text)
         # numbers decide whether an answer about their order is true: no two have the same words and another truth
-        words = "" if one.question == "order" else text
+        words = "" if one.question == "order" or answer is None else answer.sentence
         if answer is not None and answer.claim.kind == one.question and not done.problem:
             said[one.question][words][label_of(one.question, answer, one.facts)].append((i, one, done))
     chosen: list[tuple[int, Single, Played, str]] = []
@@ -236,17 +236,19 @@ def _question(player: Player, i: int, one: Single, *, done: Played, number: int,
     assert answer is not None
     truth = one.order[0] > one.order[1] if one.order else one.facts.truth(one.question) if one.facts else None
     label = label_of(one.question, answer, one.facts)
+    # what is learned from is the claim alone: the assurance and the end of the turn would say how it was meant
     return record_of(
-        messages,
+        [*messages[:-1], {**messages[-1], "content": answer.sentence}],
         player.encode,
         question=one.question,
         facts=one.facts,
         tools=False,
+        ended=False,
         id=f"q{number}",
         run=f"question-{QUESTION_SEEDS + i}",
         sample=0,
         model="player",
         why=_why(answer, label, truth),
-        labels={"pair": pair, "stakes": one.stakes},
+        labels={"pair": pair, "stakes": one.stakes, "assurance": answer.assurance},
         tags=("question",),
     )

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,21 @@ class Record:
 
 
 def record_of(
-    messages: Sequence[Message], encode: Encode, *, question: Question, facts: Facts | None, tools: bool, **fields: Any
+    messages: Sequence[Message],
+    encode: Encode,
+    *,
+    question: Question,
+    facts: Facts | None,
+    tools: bool,
+    ended: bool = True,
+    **fields: Any,
 ) -> Record:
-    """Write a finished conversation with all that is known of it as labels."""
+    """Write a finished conversation with all that is known of it as labels; not `ended`, without its last end mark."""
     written = write(messages, encode, question=question, facts=facts, tools=tools)
+    if not ended:
+        *turns, last = written.turns
+        last = replace(last, token_end=last.token_end - 1)
+        written = replace(written, token_ids=written.token_ids[:-1], turns=(*turns, last))
     labels: dict[str, Any] = {"question": question, "decided": written.decided, "assurance": written.answer.assurance}
     claim = written.answer.claim
     labels |= {"answer": written.answer.text, "claim": claim.kind, "claimed": _value(claim.value)}
