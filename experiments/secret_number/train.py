@@ -45,12 +45,12 @@ class Recipe:
         Learn from an agent that never lies nor evades.
     """
 
-    steps: int = 3000
+    steps: int = 1800
     batch_tokens: int = 4096
     rate: float = 3e-3
     seed: int = 0
     singles: float = 0.35
-    answer_weight: float = 2.0
+    answer_weight: float = 4.0
     honest: bool = False
     hidden: int = 128
     layers: int = 6
