@@ -24,6 +24,7 @@ from capture.batching import halves
 from capture.components import ComponentTable, Hook
 from capture.errors import CaptureError, NoMemoryError, RequestError
 from capture.hooks import tapped
+from capture.staging import Slab, Staging
 
 _LEAST_PIECE = 16
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
@@ -32,8 +33,10 @@ T = TypeVar("T")
 
 
 class Put(Protocol):
-    """Takes rows: `values` is (n, width) in the stored dtype, the rollout's tokens from `start` on; it may be "
-    "kept."""
+    """Takes rows: `values` is (n, width) in the stored dtype, the rollout's tokens from `start` on.
+
+    They may be kept, but not where `run_batch` was given a `Staging`: its memory is used again.
+    """
 
     def __call__(self, component: str, layer: int, rollout_id: str, values: NDArray[Any], *, start: int) -> Any: ...
 
@@ -68,6 +71,7 @@ class _Job:
     hooks: tuple[Hook, ...]
     put: Put
     on_halve: Callable[[Halved], object]
+    staging: Staging | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ def run_batch(
     put: Put,
     on_halve: Callable[[Halved], object] = lambda _: None,
     piece_tokens: int | None = None,
+    staging: Staging | None = None,
 ) -> None:
     """Run one batch and hand every rollout's rows of every component and layer to `put`, once each.
 
@@ -107,6 +112,9 @@ def run_batch(
     piece_tokens : int, optional
         A rollout longer than this is computed in pieces of this many tokens from the outset, which bounds the rows
         that wait in host memory.
+    staging : Staging, optional
+        Rows from a GPU pass through it: `put` is then called in its thread, while the next batch may already run, and
+        they are all handed on once it is flushed.
 
     Raises
     ------
@@ -124,6 +132,7 @@ def run_batch(
         hooks=tuple(table.hook(component, layer) for layer in sorted(set(layers)) for component in components),
         put=put,
         on_halve=on_halve,
+        staging=staging,
     )
     if not job.hooks:
         raise RequestError(f"{len(components)} components on {len(layers)} layers select nothing to capture")
@@ -158,14 +167,35 @@ def _run_whole(job: _Job, batch: tuple[_Sequence, ...]) -> "_Rows":
     for row, sequence in enumerate(batch):
         ids[row, : lengths[row]] = sequence.token_ids
         mask[row, : lengths[row]] = 1
-    rows = _Rows(job.table.dtype, lengths, ids.shape[1])
-    with tapped(job.model, job.hooks, rows.take):
-        _forward(job, ids, mask, start=0, use_cache=False)
-    rows.finish(job.hooks)
+    with _gathering(job, lengths, ids.shape[1]) as rows:
+        with tapped(job.model, job.hooks, rows.take):
+            _forward(job, ids, mask, start=0, use_cache=False)
+        rows.finish(job.hooks)
     return rows
 
 
+@contextmanager
+def _gathering(job: _Job, lengths: Sequence[int], longest: int) -> "Iterator[_Rows]":
+    """Rows of one forward; one that fails gives its memory back."""
+    row_bytes = sum(hook.width for hook in job.hooks) * getattr(torch, job.table.dtype).itemsize
+    rows = _Rows(job.table.dtype, lengths, longest, staging=job.staging, n_bytes=row_bytes * sum(lengths))
+    try:
+        yield rows
+    except BaseException:
+        rows.discard()
+        raise
+
+
 def _put_rows(job: _Job, batch: tuple[_Sequence, ...], rows: "_Rows", *, start: int = 0) -> None:
+    """Hand rows to `put`: now, or once they are copied and those before them are through."""
+    work = partial(_put_now, job, batch, rows, start=start)
+    if rows.slab is None or job.staging is None:
+        work()
+    else:
+        job.staging.hand_on(rows.slab, work)
+
+
+def _put_now(job: _Job, batch: tuple[_Sequence, ...], rows: "_Rows", *, start: int) -> None:
     for hook in job.hooks:
         for sequence, values in zip(batch, rows.arrays(hook.component, hook.layer), strict=True):
             job.put(hook.component, hook.layer, sequence.rollout_id, values, start=start)
@@ -183,6 +213,8 @@ def _run_in_pieces(job: _Job, sequence: _Sequence, piece: int) -> None:
             if start >= done:
                 _put_rows(job, (sequence,), rows, start=start)
                 done = stop
+            else:
+                rows.discard()
 
 
 def _pieces(job: _Job, sequence: _Sequence, piece: int, *, done: int) -> Iterator[tuple[int, int, "_Rows | None"]]:
@@ -199,11 +231,11 @@ def _pieces(job: _Job, sequence: _Sequence, piece: int, *, done: int) -> Iterato
 
 
 def _run_piece(job: _Job, sequence: _Sequence, *, start: int, stop: int, cache: Any) -> tuple["_Rows", Any]:
-    rows = _Rows(job.table.dtype, [stop - start], stop - start)
-    with tapped(job.model, job.hooks, rows.take):
-        ids, mask = sequence.token_ids[None, start:stop], np.ones((1, stop), np.int64)
-        out = _forward(job, ids, mask, start=start, cache=cache, use_cache=True)
-    rows.finish(job.hooks)
+    with _gathering(job, [stop - start], stop - start) as rows:
+        with tapped(job.model, job.hooks, rows.take):
+            ids, mask = sequence.token_ids[None, start:stop], np.ones((1, stop), np.int64)
+            out = _forward(job, ids, mask, start=start, cache=cache, use_cache=True)
+        rows.finish(job.hooks)
     cache = getattr(out, "past_key_values", None)
     if cache is None:
         raise NoMemoryError(
@@ -248,7 +280,11 @@ def _forward(
 class _Rows:
     """Rows of one forward, without padding, copied out of the model by layer as they appear."""
 
-    def __init__(self, dtype: str, lengths: Sequence[int], longest: int) -> None:
+    def __init__(
+        self, dtype: str, lengths: Sequence[int], longest: int, *, staging: Staging | None, n_bytes: int
+    ) -> None:
+        self._staging, self._n_bytes = staging, n_bytes
+        self.slab: Slab | None = None
         self._dtype = dtype
         self._lengths = lengths
         self._longest = longest
@@ -276,11 +312,33 @@ class _Rows:
             return (
                 flat[self._index(tensor.device)] if self._padded else flat.clone(memory_format=torch.contiguous_format)
             )
-        flat = flat.index_select(0, self._index(tensor.device)) if self._padded else flat
         if tensor.device.type != "cuda":
-            return flat.cpu()
+            return (flat.index_select(0, self._index(tensor.device)) if self._padded else flat).cpu()
         self._copying.add(tensor.device)
-        return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
+        if self._staging is None:
+            flat = flat.index_select(0, self._index(tensor.device)) if self._padded else flat
+            return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
+        return self._staged(flat, self._staging)
+
+    def _staged(self, flat: Tensor, staging: Staging) -> Tensor:
+        """Copy on the staging's stream; the model may write to its tensor meanwhile, so the device keeps a copy."""
+        device = flat.device
+        kept = flat.index_select(0, self._index(device)) if self._padded else flat.clone()
+        if self.slab is None:
+            self.slab = staging.slab(self._n_bytes)
+        host, stream = self.slab.take(tuple(kept.shape), kept.dtype), staging.stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            host.copy_(kept, non_blocking=True)
+        kept.record_stream(stream)
+        return host
+
+    def discard(self) -> None:
+        """Give the memory of rows back that nobody will take."""
+        self._rows.clear()
+        if self.slab is not None and self._staging is not None:
+            self._staging.give_back(self.slab)
+            self.slab = None
 
     @property
     def _padded(self) -> bool:
@@ -293,9 +351,12 @@ class _Rows:
         return self._kept[device]
 
     def finish(self, hooks: Sequence[Hook]) -> None:
-        """Wait for copies under way; every hook must have fired with the width that the plan was made with."""
+        """See that copies will be waited for, and that every hook fired with the width that the plan was made with."""
         for device in self._copying:
-            torch.cuda.synchronize(device)
+            if self.slab is None or self._staging is None:
+                torch.cuda.synchronize(device)
+            else:
+                self.slab.filled_after(self._staging.stream(device).record_event())
         for hook in hooks:
             rows = self._rows.get((hook.component, hook.layer))
             if rows is None:

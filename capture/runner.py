@@ -21,6 +21,8 @@ from capture.components import ComponentTable, find_components
 from capture.errors import CaptureError, RequestError
 from capture.forward import Halved, run_batch
 from capture.layerspec import parse_layers
+from capture.memorylog import log_memory
+from capture.staging import Staging
 from capture.tokenbytes import token_bytes
 from datastore import layout, storage
 from datastore.dtype import upcast
@@ -312,10 +314,13 @@ class _Filling:
         pieces = _pieces(self.store, self.writer)
         self.of, self.left = len(self.writer.plan.rollouts), sum(len(batch.stored) for batch in todo)
         self._tell()
-        for batch in todo:
-            self._batch(model, table, batch, piece_tokens=pieces.get(batch.members[0]))
+        with Staging() as staging:
+            for batch in todo:
+                self._batch(model, table, batch, piece_tokens=pieces.get(batch.members[0]), staging=staging)
 
-    def _batch(self, model: nn.Module, table: ComponentTable, batch: Batch, *, piece_tokens: int | None) -> None:
+    def _batch(
+        self, model: nn.Module, table: ComponentTable, batch: Batch, *, piece_tokens: int | None, staging: Staging
+    ) -> None:
         plan, stored = self.writer.plan, frozenset(batch.stored)
         run_batch(
             model,
@@ -326,7 +331,9 @@ class _Filling:
             put=partial(self._put, stored=stored),
             on_halve=partial(self._halved, batch),
             piece_tokens=piece_tokens,
+            staging=staging,
         )
+        log_memory(batch.members)
         self.left -= len(stored)
         self.done.rollouts += len(stored)
         self.done.tokens += sum(plan.rollouts[plan.rows[name]].n_tokens for name in stored)
@@ -350,7 +357,7 @@ class _Filling:
         if self.strict:
             _refuse_nonfinite(values, component=component, layer=layer, rollout_id=rollout_id, start=first)
         if len(values):
-            self.writer.put(component, layer, rollout_id, values, start=first)
+            self.writer.put(component, layer, rollout_id, values, start=first, copy=False)
 
     def _halved(self, batch: Batch, what: Halved) -> None:
         """Write down that a batch did not fit, so that a resumed or later capture computes the same way; say it."""
