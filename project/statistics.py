@@ -17,6 +17,7 @@ from datastore.errors import MisuseError
 __all__ = [
     "Interval",
     "auroc",
+    "aurocs",
     "bootstrap_auroc",
     "bootstrap_difference",
     "bootstrap_mean",
@@ -72,6 +73,12 @@ def auroc(positive: ArrayLike, negative: ArrayLike) -> float:
     if not len(up) or not len(down):
         return float("nan")
     return float(_auroc(up, down, axis=-1))
+
+
+def aurocs(positive: ArrayLike, negative: ArrayLike) -> Floats:
+    """Return `auroc` of each column of (positives, columns) and (negatives, columns), all finite and some of each."""
+    up, down = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
+    return _auroc(up, down, axis=0)
 
 
 def bootstrap_mean(
