@@ -1,20 +1,256 @@
-"""The page: one Bokeh document for each visitor."""
+"""The page: one Bokeh document for each visitor, with the controls beside the four views and the text below them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import panel as pn
 
+from datastore.errors import DatastoreError
 from datastore.query import Store
+from experiments.errors import ExperimentError
+from view.compare_view import CompareView
+from view.controls import Controls
+from view.frame import NUMBERS, View, later
+from view.model import Model, Models
+from view.overview import Overview
+from view.plots import Look
+from view.state import FIELDS, VIEWS, State, from_query, to_query
+from view.summaries import percentiles
+from view.trajectories import Trajectories
+from view.transcript import Transcript, numbers_of, text_of
+from view.treatment import picked
 
-__all__ = ["app", "document"]
+__all__ = ["Page", "app", "document"]
+
+STATIC = Path(__file__).with_name("static")
+WATCHED = [*FIELDS, "others"]
+LOOK_AGAIN_MS = 5000
+Errors = (DatastoreError, ExperimentError)
 
 
-def app(*stores: Store) -> Any:
-    """Return the viewer as a Panel object, for a notebook."""
-    return pn.Column(*(pn.pane.Str(str(store)) for store in stores))
+class Page:
+    """One visitor's page.
+
+    Parameters
+    ----------
+    models : Models
+    query : str or mapping
+        Of the address.
+    dark : bool
+    """
+
+    def __init__(self, models: Models, *, query: str | Mapping[str, Any] = "", dark: bool = False) -> None:
+        self.models, self.look = models, Look(dark=dark)
+        self.state = State(store=models.names[0])
+        self.notice = pn.pane.HTML("", css_classes=["notice"], sizing_mode="stretch_width", visible=False)
+        self.text = Transcript(dark=dark, sizing_mode="stretch_width")
+        self.controls = Controls(self)
+        self._makers: dict[str, Callable[[Page], View]] = {
+            "Overview": Overview,
+            "Trajectories": Trajectories,
+            "Compare": CompareView,
+        }
+        self._views: dict[str, View] = {}
+        self._stale: dict[str, frozenset[str]] = {}
+        self._main = pn.Column(sizing_mode="stretch_width", css_classes=["main"], min_width=600)
+        self._quiet = False
+        self._restore(query)
+        self.text.param.watch(self._pinned, "pinned")
+        self.state.param.watch(self._changed, WATCHED)
+        self.update(frozenset(WATCHED))
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Model:
+        """The store that is shown, as it was when it was opened."""
+        return self.models[self.state.store]
+
+    def _restore(self, query: str | Mapping[str, Any]) -> None:
+        values, wrong = from_query(query)
+        missing = [f"{name} of the address can't be read" for name in wrong]
+        if values.get("store") not in (None, *self.models.names):
+            missing.append(f"the store {values.pop('store')!r} is not served here")
+        self.state.param.update(**values)
+        missing += self.fit()
+        self.say("; ".join(missing) + "; something else is shown." if missing else "")
+
+    def fit(self) -> list[str]:
+        """Replace what the store does not have; return a sentence for each thing asked for that is not there."""
+        model, state = self.model, self.state
+        ids, traits = model.rollouts.index, model.traits
+        missing = []
+        wanted = [name for name in (state.rollout, *state.others) if name]
+        missing += [f"the store has no rollout {name!r}" for name in wanted if name not in ids]
+        missing += [
+            f"there are no scores of the trait {name!r}"
+            for name in (state.trait, *state.traits)
+            if name and name not in traits
+        ]
+        shown = state.rollout if state.rollout in ids else (model.scored or [str(name) for name in ids[:1]] or [""])[0]
+        label = state.label if state.label in model.labels else next(iter(model.labels), "")
+        fields = {
+            "rollout": shown,
+            "others": [name for name in state.others if name in ids and name != shown],
+            "trait": state.trait if state.trait in traits else next(iter(traits), ""),
+            "traits": [name for name in state.traits if name in traits],
+            "label": label,
+            "reference": state.reference
+            if state.reference in model.groups(label).values()
+            else (model.reference(label) or ""),
+        }
+        token = state.token if state.token < model.length(shown) else -1
+        quiet, self._quiet = self._quiet, True
+        try:
+            state.param.update(**fields, token=token)
+        finally:
+            self._quiet = quiet
+        return missing
+
+    def _changed(self, *events: Any) -> None:
+        if self._quiet:
+            return
+        changed = frozenset(event.name for event in events)
+        self._quiet = True
+        try:
+            before = {name: getattr(self.state, name) for name in WATCHED}
+            missing = self.fit()
+            if "rollout" in changed and "token" not in changed:
+                self.state.token = -1
+            changed |= {name for name in WATCHED if getattr(self.state, name) != before[name]}
+        finally:
+            self._quiet = False
+        self.say("; ".join(missing) + "." if missing else "")
+        self.update(changed)
+
+    def _pinned(self, event: Any) -> None:
+        self.state.token = event.new
+
+    def say(self, sentence: str) -> None:
+        """Show a sentence above the views; nothing where it is empty."""
+        self.notice.object = f'<div role="status">{escape(sentence)}</div>' if sentence else ""
+        self.notice.visible = bool(sentence)
+
+    def go(self, **fields: Any) -> None:
+        """Look at something else."""
+        self.state.param.update(**fields)
+
+    # -- drawing ---------------------------------------------------------------------------------------------------
+
+    def update(self, changed: frozenset[str]) -> None:
+        """Draw what depends on these fields, in the view that is shown; the others when they are shown."""
+        self.controls.update(changed)
+        try:
+            self._show_view(changed)
+            self._show_text(changed)
+        except Errors as error:
+            self.say(str(error))
+        if pn.state.location is not None and pn.state.curdoc is not None:
+            search = to_query(self.state) + ("&theme=dark" if self.look.dark else "")
+            if pn.state.location.search != search:
+                pn.state.location.search = search
+
+    def _show_view(self, changed: frozenset[str]) -> None:
+        name = self.state.view
+        for other in VIEWS:
+            self._stale[other] = self._stale.get(other, frozenset(WATCHED)) | changed
+        if name in self._makers and name not in self._views:
+            self._views[name] = self._makers[name](self)
+            self._main.append(self._views[name].panel())
+        for other, view in self._views.items():
+            view.panel().visible = other == name
+        if name in self._views:
+            stale, self._stale[name] = self._stale[name], frozenset()
+            self._views[name].update(stale)
+
+    def column(self) -> int:
+        """The direction that shades the text, as a place in the table of directions; -1 where there is none."""
+        table = self.model.directions
+        chosen = picked(table, by="trait", traits=[self.state.trait], layer=self.state.layer_number)
+        return chosen[0] if chosen else -1
+
+    def _show_text(self, changed: frozenset[str]) -> None:
+        state, model = self.state, self.model
+        fields: dict[str, Any] = {"compact": state.view != "Transcript", "folded": state.folded, "pinned": state.token}
+        if changed & {"store", "rollout"}:
+            fields["text"] = text_of(model, state.rollout) if state.rollout else {"texts": [], "blocks": []}
+        fields["column"] = self.column()
+        try:
+            if changed & (NUMBERS | {"rollout"}):
+                fields["numbers"] = self._numbers()
+        finally:
+            self.text.visible = bool(state.rollout)
+            self.text.param.update(**fields)
+
+    def _numbers(self) -> dict[str, Any]:
+        """Values of the shown rollout; percentiles follow when they are known."""
+        model, state = self.model, self.state
+        how, rollout = state.treatment, state.rollout
+        if not rollout or not model.is_scored(rollout):
+            return {}
+        values, labels = model.values(rollout, how), list(map(str, model.directions["direction"]))
+        known = model.kept(("percentiles", how))
+        if known is None:
+            later(lambda: percentiles(model, how), lambda found: self._add_percentiles(model, how, found))
+        return numbers_of(values, labels, unit=how.unit, quantiles=known)
+
+    def _add_percentiles(self, model: Model, how: Any, found: Any) -> None:
+        if model is self.model and how == self.state.treatment and self.text.numbers:
+            quantiles, sampled = found
+            extra = {"quantiles": quantiles.reshape(-1), "steps": quantiles.shape[1], "sampled": sampled}
+            self.text.numbers = {**self.text.numbers, **extra}
+
+    # -- the whole -------------------------------------------------------------------------------------------------
+
+    def panel(self) -> pn.Column:
+        """The whole page."""
+        main = pn.Column(self.notice, self._main, self.text, sizing_mode="stretch_width", min_width=600)
+        body = pn.Row(self.controls.sidebar, main, sizing_mode="stretch_width")
+        return pn.Column(
+            self.controls.header,
+            body,
+            sizing_mode="stretch_width",
+            css_classes=["page", "dark" if self.look.dark else "light"],
+        )
+
+    def look_again(self) -> None:
+        """Offer to reload where the store has changed since it was opened."""
+        self.controls.offer_reload(self.model.changed())
+
+    def reload(self) -> None:
+        """Show the store as it is now."""
+        self.models.reopen(self.state.store)
+        self.fit()
+        self.say("")
+        self.controls.offer_reload(False)
+        self.update(frozenset(WATCHED))
 
 
-def document(stores: Sequence[Store]) -> Any:
-    """Return the page of one visitor."""
-    return app(*stores)
+def app(*stores: Store | str | Path) -> pn.viewable.Viewable:
+    """Return the viewer as a Panel object, for a notebook.
+
+    Parameters
+    ----------
+    stores : Store or path
+    """
+    import datastore
+
+    pn.extension("tabulator")
+    opened = [store if isinstance(store, Store) else datastore.open(store) for store in stores]
+    return Page(Models(opened)).panel()
+
+
+def document(models: Models) -> pn.viewable.Viewable:
+    """Return the page of one visitor, as the address says; for the server."""
+    given = dict(pn.state.session_args or {})
+    dark = given.pop("theme", [b""])[0] == b"dark"
+    pn.config.raw_css = [*pn.config.raw_css, _css()]
+    page = Page(models, query=given, dark=dark)
+    pn.state.add_periodic_callback(page.look_again, LOOK_AGAIN_MS)
+    return page.panel()
+
+
+def _css() -> str:
+    return (STATIC / "page.css").read_text(encoding="utf-8")

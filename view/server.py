@@ -41,12 +41,16 @@ def build(stores: Sequence[Store], *, page: bool = True) -> FastAPI:
     app.mount("/api", create_app(stores))
     app.mount("/zarr", zarr_app(stores))
     if page:
+        import panel
         from panel.io.fastapi import add_applications
 
+        from view.model import Models
         from view.page import document
 
+        models = Models(stores)
+        panel.extension("tabulator")
         app.add_api_route("/favicon.ico", lambda: Response(status_code=204), include_in_schema=False)
-        add_applications({"/": lambda: document(stores)}, app=app, title="Activations")
+        add_applications({"/": lambda: document(models)}, app=app, title="Activations")
     return app
 
 
@@ -146,7 +150,7 @@ class _Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         scheme, _, word = headers.get("authorization", "").partition(" ")
-        return [cookie.value] * (cookie is not None) + [word] * (scheme.lower() == "bearer")
+        return ([] if cookie is None else [cookie.value]) + [word] * (scheme.lower() == "bearer")
 
     async def _refuse(self, scope: Scope, receive: Any, send: Send) -> None:
         if scope["type"] == "websocket":

@@ -1,0 +1,183 @@
+"""The comparison: rollouts that share a prefix on the same axes, groups with bands, two stores."""
+
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import panel as pn
+
+from datastore.errors import AbsentError
+from view import comparing
+from view.frame import NUMBERS, Host, View, later
+from view.group_view import Groups
+from view.plots import Lines
+from view.store_view import Stores
+from view.tables import clickable, plain
+from view.trajectories import texts_of
+from view.treatment import Treatment, picked
+
+__all__ = ["CompareView"]
+
+PAIRS = {"a": "a", "b": "b", "fork": "fork at", "shared": "shared", "label_a": "a is", "label_b": "b is"}
+MOVES = {
+    "direction": "trait",
+    "tokens_after": "tokens after the fork",
+    "moved_at": "position",
+    "text": "token of b",
+    "difference": "difference, SD",
+    "peak": "largest, SD",
+}
+NEAR = 12
+FAR = 70
+
+
+class CompareView(View):
+    """The three comparisons, of which one is shown."""
+
+    def __init__(self, page: Host) -> None:
+        super().__init__(page)
+        self._choice = pn.widgets.RadioButtonGroup.from_param(page.state.param.against, name="What is compared")
+        self._parts: dict[str, View] = {"Pair": Pair(page), "Groups": Groups(page), "Stores": Stores(page)}
+        self._stale = dict.fromkeys(self._parts, frozenset[str]())
+        parts = [part.panel() for part in self._parts.values()]
+        self._panel = pn.Column(self._choice, *parts, sizing_mode="stretch_width")
+
+    def panel(self) -> pn.Column:
+        """The choice, and what was chosen."""
+        return self._panel
+
+    def update(self, changed: frozenset[str]) -> None:
+        """Draw the comparison that is shown."""
+        shown = self.state.against
+        for name, part in self._parts.items():
+            self._stale[name] |= changed
+            part.panel().visible = name == shown
+        stale, self._stale[shown] = self._stale[shown], frozenset()
+        self._parts[shown].update(stale)
+
+
+class Pair(View):
+    """Rollouts aligned at their common prefix: their curves, what they differ by, and what moves first."""
+
+    def __init__(self, page: Host) -> None:
+        super().__init__(page)
+        self.curves = Lines("rollouts", page.look, height=250, tapped=self._pin)
+        self.difference = Lines("difference", page.look, height=250, tapped=self._pin)
+        self.difference.plot.x_range = self.curves.plot.x_range
+        self.pairs = clickable(pd.DataFrame(columns=list(PAIRS)), self._choose, titles=PAIRS, page_size=6)
+        self.moves = plain(pd.DataFrame(columns=list(MOVES)), titles=MOVES, hidden_columns=[])
+        self.texts = pn.pane.HTML("", sizing_mode="stretch_width")
+        self._found = pd.DataFrame(columns=list(PAIRS))
+        self._heading = pn.pane.HTML("", sizing_mode="stretch_width")
+        upper = pn.Row(
+            pn.Column(pn.pane.HTML("<h2>Pairs that share a prefix</h2>", margin=0), self.pairs, min_width=420),
+            pn.Column(self._heading, self.moves, min_width=420),
+            sizing_mode="stretch_width",
+        )
+        self._panel = pn.Column(
+            upper, self.curves.panel(), self.difference.panel(), self.texts, sizing_mode="stretch_width"
+        )
+
+    def panel(self) -> pn.Column:
+        """Pairs, curves, difference, texts."""
+        return self._panel
+
+    def _pin(self, x: float) -> None:
+        self.page.go(token=int(np.clip(round(x), 0, max(0, self.model.length(self.state.rollout) - 1))))
+
+    def _choose(self, row: int) -> None:
+        one = self._found.iloc[row]
+        self.page.go(rollout=str(one["a"]), others=[str(one["b"])], token=int(one["fork"]))
+
+    def update(self, changed: frozenset[str]) -> None:
+        """Find the pairs when they are asked for first; draw those that are compared."""
+        state, model = self.state, self.model
+        if changed & {"store", "label", "reference"}:
+            label, reference = state.label or None, state.reference or None
+            later(lambda: model.pairs(label, reference), self._show_pairs)
+        if changed & (NUMBERS | {"rollout", "others", "trait", "traits", "layer"}):
+            self._draw()
+        at = state.token if state.token >= 0 else None
+        self.curves.show_cursor(at)
+        self.difference.show_cursor(at)
+
+    def _show_pairs(self, found: pd.DataFrame) -> None:
+        self._found = found
+        shown = found[list(PAIRS)].copy()
+        shown["shared"] = [f"{share:.0%}" for share in shown["shared"]]
+        self.pairs.value = shown
+        if not self.state.others and len(found):
+            mine = found[(found["a"] == self.state.rollout) | (found["b"] == self.state.rollout)]
+            one = (mine if len(mine) else found).iloc[0]
+            self.page.go(rollout=str(one["a"]), others=[str(one["b"])])
+
+    def _draw(self) -> None:
+        model, state = self.model, self.state
+        names = tuple(name for name in state.rollouts if model.is_scored(name))
+        if len(names) < 2:
+            self._clear("" if model.scored else "These rollouts have no scores.")
+            return
+        fork = model.fork(names)
+        how = state.treatment
+        aligned = comparing.aligned_curves(model.scores(names), model.treated(names, how), names, fork=fork)
+        one, table = self.page.column(), model.directions
+        x = aligned.position.values
+        texts = texts_of(model, names[0])
+        texts = [*texts, *[""] * (len(x) - len(texts))][: len(x)]
+        labels = model.groups(state.label)
+        curves = {_called(name, labels): aligned.values[i, :, one] for i, name in enumerate(names)}
+        self.curves.plot.title.text = f"{table['direction'].iloc[one]}: {how.unit}"
+        self.curves.draw(x, curves, texts=texts)
+        chosen = picked(table, traits=state.traits, layer=state.layer_number)
+        changes = {str(table["direction"].iloc[j]): aligned.values[1, :, j] - aligned.values[0, :, j] for j in chosen}
+        self.difference.plot.title.text = f"{names[1]} less {names[0]}"
+        self.difference.draw(x, changes, texts=texts)
+        for plot in (self.curves, self.difference):
+            plot.show_fork(fork - 0.5)
+        self._show_moves(names, fork)
+        self.texts.object = _side_by_side(model, names[:2], fork=fork)
+
+    def _clear(self, why: str) -> None:
+        for plot in (self.curves, self.difference):
+            plot.draw([], {})
+            plot.show_fork(None)
+        self.moves.value = pd.DataFrame(columns=list(MOVES))
+        self._heading.object = f"<h2>{escape(why or 'Choose a pair, or name rollouts to compare with')}</h2>"
+        self.texts.object = ""
+
+    def _show_moves(self, names: tuple[str, ...], fork: int) -> None:
+        model, state = self.model, self.state
+        how = Treatment(mode=state.mode, clean=state.clean, centred=state.centred, smooth=1)
+        two = names[:2]
+        aligned = comparing.aligned_curves(model.scores(names), model.treated(names, how), two, fork=model.fork(two))
+        found = comparing.first_moves(aligned)
+        texts = texts_of(model, two[1])
+        found["text"] = [texts[int(at)] if pd.notna(at) else "" for at in found["moved_at"]]
+        self.moves.value = found[list(MOVES)]
+        moved = found.dropna(subset=["moved_at"])
+        said = "nothing moves beyond 3 SD"
+        if len(moved):
+            first = moved.iloc[0]
+            said = f"{first['direction']} moves first, {int(first['tokens_after'])} tokens later"
+        self._heading.object = f"<h2>They part at token {model.fork(two)}; {escape(said)}</h2>"
+
+
+def _called(name: str, labels: "dict[str, str]") -> str:
+    return f"{name} ({labels[name]})" if name in labels else name
+
+
+def _side_by_side(model: Any, names: tuple[str, ...], *, fork: int) -> str:
+    """Return the last shared words and how each rollout goes on, as HTML."""
+    cells = []
+    for name in names:
+        try:
+            texts = [text if isinstance(text, str) else "⟨?⟩" for text in model.tokens(name)["text"]]
+        except AbsentError:
+            texts = []
+        before, after = "".join(texts[max(0, fork - NEAR) : fork]), "".join(texts[fork : fork + FAR])
+        cells.append(
+            f"<div><h3>{escape(name)}</h3><p><span class='shared'>{'…' if fork > NEAR else ''}{escape(before)}</span>"
+            f"<mark>{escape(after)}</mark>{'…' if len(texts) > fork + FAR else ''}</p></div>"
+        )
+    return f"<div class='sides'>{''.join(cells)}</div>"

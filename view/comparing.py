@@ -1,0 +1,224 @@
+"""Rollouts against each other: pairs that share a prefix, their difference and what moves first, groups with bands."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+
+from datastore.query import Store
+from project import groups
+from project.derive import runs_of_rollouts
+from project.groups import Family
+from project.statistics import auroc, bootstrap_difference, bootstrap_mean, effect_size
+
+__all__ = ["aligned_curves", "around_forks", "effects", "first_moves", "fork_of", "pairs", "reference_of"]
+
+Float = NDArray[np.floating]
+HONEST = ("honest", "truthful", "control", "baseline", "none", "false", "no", "0", "0.0")
+"""Values of a label that stand for the side that others are compared with, best first."""
+SINK = 4
+"""First tokens left out where a scale is taken: they dwarf all others in many models."""
+AHEAD = 5
+MOVED = 3.0
+EVERY_PAIR = 8
+"""Of families of at most so many rollouts all pairs are offered; of larger ones neighbours."""
+
+
+def reference_of(values: Sequence[str]) -> str | None:
+    """Return the value of a label that the others are compared with: an honest one, else the most frequent."""
+    names = dict.fromkeys(values)
+    for word in HONEST:
+        for name in names:
+            if name.lower() == word:
+                return name
+    return max(names, key=list(values).count) if names else None
+
+
+def pairs(store: Store, label: str | None, *, reference: str | None = None) -> pd.DataFrame:
+    """Find rollouts that share a prefix, pair by pair, the most telling first.
+
+    Parameters
+    ----------
+    store : Store
+    label : str, optional
+        Column of the rollout table; pairs that differ in it come first.
+    reference : str, optional
+        The value that rollout a should have, such as honest.
+
+    Returns
+    -------
+    DataFrame
+        a, b, fork (the first position at which they differ), shared (fork over the shorter one's tokens), label_a,
+        label_b, differ: those that differ in the label first, one of which has the reference value; then by `shared`.
+    """
+    table = store.rollouts
+    of = {} if label is None else {str(name): str(value) for name, value in table[label].items() if pd.notna(value)}
+    counts = {str(name): int(n) for name, n in table["n_tokens"].items()}
+    rows = []
+    for family in groups.families(store):
+        for a, b, fork in _members(store, family):
+            first, second = (b, a) if of.get(b) == reference != of.get(a) else (a, b)
+            la, lb = of.get(first, ""), of.get(second, "")
+            shared = fork / min(counts[a], counts[b])
+            rows.append((first, second, fork, shared, la, lb, la != lb, la == reference != lb))
+    columns = ["a", "b", "fork", "shared", "label_a", "label_b", "differ", "against"]
+    found = pd.DataFrame(rows, columns=columns)
+    return found.sort_values(["against", "differ", "shared"], ascending=False, kind="stable").reset_index(drop=True)
+
+
+def _members(store: Store, family: Family) -> list[tuple[str, str, int]]:
+    names = family.rollouts
+    if len(names) == 2:
+        return [(names[0], names[1], family.fork)]
+    chosen = combinations(names, 2) if len(names) <= EVERY_PAIR else pairwise(names)
+    return [(a, b, fork_of(store, (a, b))) for a, b in chosen]
+
+
+def fork_of(store: Store, rollouts: Sequence[str]) -> int:
+    """Return the first position at which some rollouts are not all the same; 0 where they share nothing."""
+    found = groups.families(store, rollouts=list(dict.fromkeys(rollouts)), least=0)
+    return found[0].fork if found else int(store.rollouts["n_tokens"][rollouts[0]])
+
+
+def aligned_curves(scores: xr.Dataset, values: xr.DataArray, rollouts: Sequence[str], *, fork: int) -> xr.DataArray:
+    """Return treated values of some rollouts side by side, (rollout, position, direction), NaN beyond their ends."""
+    family = Family(tuple(dict.fromkeys(rollouts)), fork)
+    return groups.aligned(scores.assign(score=scores.score.copy(data=values.values)), family)
+
+
+def first_moves(aligned: xr.DataArray, *, threshold: float = MOVED) -> pd.DataFrame:
+    """Say for every direction where the second rollout first leaves the first one, after the fork.
+
+    A direction has moved from the first token at which the difference, and its mean over this and the next four tokens,
+    are beyond `threshold` standard deviations of the first rollout over the shared prefix (its first four tokens left
+    out, the whole rollout taken where the prefix is shorter than eight).
+
+    Parameters
+    ----------
+    aligned : DataArray
+        From `aligned_curves`, of unsmoothed values.
+    threshold : float
+        In standard deviations.
+
+    Returns
+    -------
+    DataFrame
+        direction, moved_at (position; NaN where it never did), tokens_after (from the fork), difference there and peak
+        (the largest after the fork) in standard deviations; the first to move first.
+    """
+    fork = int(aligned.attrs["fork"])
+    first, second = (aligned.values[i].astype(np.float64) for i in (0, 1))
+    shared = first[SINK:fork] if fork >= 2 * SINK else first[min(SINK, len(first) - 1) :]
+    spread = np.nanstd(shared, axis=0)
+    spread[~(spread > 0)] = np.nan
+    after = ((second - first) / spread)[fork:]
+    rows = []
+    for j, direction in enumerate(aligned.direction.values):
+        values = after[:, j][np.isfinite(after[:, j])]
+        at = _moved(values, threshold)
+        peak = float(values[np.argmax(np.abs(values))]) if len(values) else float("nan")
+        there = (fork + at, at, values[at]) if at is not None else (np.nan, np.nan, np.nan)
+        rows.append((str(direction), *there, peak))
+    found = pd.DataFrame(rows, columns=["direction", "moved_at", "tokens_after", "difference", "peak"])
+    return found.sort_values(["moved_at", "peak"], key=_largest_last, kind="stable").reset_index(drop=True)
+
+
+def _largest_last(column: "pd.Series[float]") -> "pd.Series[float]":
+    return -column.abs() if column.name == "peak" else column
+
+
+def _moved(values: Float, threshold: float) -> int | None:
+    if not len(values):
+        return None
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    stops = np.minimum(np.arange(len(values)) + AHEAD, len(values))
+    means = (total[stops] - total[:-1]) / (stops - np.arange(len(values)))
+    moved = np.flatnonzero((np.abs(means) > threshold) & (np.abs(values) > threshold) & (means * values > 0))
+    return int(moved[0]) if len(moved) else None
+
+
+def effects(
+    means: pd.DataFrame, groups_of: Mapping[str, str], *, reference: str, other: str | None = None
+) -> pd.DataFrame:
+    """Compare the rollouts' means of two groups, direction by direction.
+
+    Parameters
+    ----------
+    means : DataFrame
+        A row for each rollout, a column for each direction.
+    groups_of : mapping of rollout id to its group
+    reference : str
+        The group that `other` is compared with.
+    other : str, optional
+        Default all other groups together.
+
+    Returns
+    -------
+    DataFrame
+        direction, n_reference, n_other, mean_reference, mean_other, difference with low and high (95 %, bootstrap over
+        rollouts), effect_size, auroc; the largest effect first.
+    """
+    of = np.array([groups_of.get(str(name), "") for name in means.index], dtype=object)
+    base = of == reference
+    rest = (of != "") & ~base if other is None else of == other
+    rows = []
+    for direction in means.columns:
+        values = means[direction].to_numpy(np.float64)
+        a, b = values[base & np.isfinite(values)], values[rest & np.isfinite(values)]
+        change = bootstrap_difference(a, b)
+        side = (a.mean() if len(a) else np.nan, b.mean() if len(b) else np.nan)
+        row = (direction, len(a), len(b), *side, change.value, change.low, change.high)
+        rows.append((*row, effect_size(a, b), auroc(b, a)))
+    columns = ["direction", "n_reference", "n_other", "mean_reference", "mean_other", "difference", "low", "high"]
+    found = pd.DataFrame(rows, columns=[*columns, "effect_size", "auroc"])
+    order = found["effect_size"].abs().sort_values(ascending=False, kind="stable", na_position="last").index
+    return found.loc[order].reset_index(drop=True)
+
+
+def around_forks(
+    values: xr.DataArray,
+    forks: Mapping[str, int],
+    groups_of: Mapping[str, str],
+    *,
+    before: int = 24,
+    after: int = 64,
+    step: int = 4,
+) -> pd.DataFrame:
+    """Average groups of rollouts by distance from where each one forks.
+
+    Parameters
+    ----------
+    values : DataArray
+        (token,), one direction.
+    forks : mapping of rollout id to position
+    groups_of : mapping of rollout id to its group
+    before, after, step : int
+        Tokens before and after the fork, in bins of `step`; 0 is the fork.
+
+    Returns
+    -------
+    DataFrame
+        group, offset (a bin's first token from the fork), n_rollouts, mean, low, high: 95 % over rollouts.
+    """
+    offsets = np.arange(-before, after, step)
+    sums: dict[str, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
+    for name, run in runs_of_rollouts(values):
+        if name not in forks or name not in groups_of:
+            continue
+        mine = np.asarray(values.values[run], np.float64)
+        place = (np.arange(len(mine)) - forks[name] + before) // step
+        inside = (place >= 0) & (place < len(offsets)) & np.isfinite(mine)
+        total = np.bincount(place[inside], weights=mine[inside], minlength=len(offsets))
+        count = np.bincount(place[inside], minlength=len(offsets)).astype(np.float64)
+        sums.setdefault(groups_of[name], []).append((total, count))
+    rows = []
+    for group in sorted(sums):
+        totals, counts = (np.array(side) for side in zip(*sums[group], strict=True))
+        for i, offset in enumerate(offsets.tolist()):
+            mean = bootstrap_mean(totals[:, i], counts[:, i])
+            rows.append((group, offset, int((counts[:, i] > 0).sum()), mean.value, mean.low, mean.high))
+    return pd.DataFrame(rows, columns=["group", "offset", "n_rollouts", "mean", "low", "high"])

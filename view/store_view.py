@@ -1,0 +1,113 @@
+"""Two stores of the same rollouts, such as of two models: the difference token by token, and by trait."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import panel as pn
+
+from datastore.errors import MisuseError
+from project.modeldiff import difference
+from project.statistics import effect_size, paired_effect_size
+from view.frame import NUMBERS, Host, View, later
+from view.model import Model
+from view.plots import Lines
+from view.summaries import summarise
+from view.tables import plain
+from view.trajectories import bands_of, texts_of
+from view.treatment import Treatment, picked, treated
+
+__all__ = ["Stores"]
+
+TABLE = {
+    "direction": "trait",
+    "n_rollouts": "rollouts",
+    "mean_a": "mean here",
+    "mean_b": "mean there",
+    "effect_size": "effect size d",
+    "paired_effect_size": "paired effect size",
+}
+
+
+class Stores(View):
+    """The other store less this one."""
+
+    def __init__(self, page: Host) -> None:
+        super().__init__(page)
+        self.other = pn.widgets.Select(name="Compared with the store", options=[], width=240)
+        self.plot = Lines("store difference", page.look, height=320)
+        self.table = plain(pd.DataFrame(columns=list(TABLE)), titles=TABLE)
+        self.note = pn.pane.HTML("", sizing_mode="stretch_width")
+        self._listening = True
+        self.other.param.watch(self._take, "value")
+        self._panel = pn.Column(self.other, self.note, self.plot.panel(), self.table, sizing_mode="stretch_width")
+
+    def panel(self) -> pn.Column:
+        """The choice, the difference and the table."""
+        return self._panel
+
+    def _take(self, event: Any) -> None:
+        if self._listening and event.new:
+            self.page.go(other_store=event.new)
+
+    def update(self, changed: frozenset[str]) -> None:
+        """Draw the difference of the shown rollout, and the table."""
+        state = self.state
+        names = [name for name in self.page.models.names if name != state.store]
+        shown = state.other_store if state.other_store in names else next(iter(names), "")
+        self._listening = False
+        self.other.options, self.other.value = names, shown or None
+        self._listening = True
+        if not shown:
+            self._nothing("Only one store is shown; name two to compare them: python -m view a.zarr b.zarr")
+            return
+        other = self.page.models[shown]
+        if changed & (NUMBERS | {"rollout", "traits", "layer", "other_store", "against"}):
+            self._draw(other)
+        if changed & (NUMBERS | {"other_store"}):
+            later(lambda: _table(self.model, other, state.treatment), self._show)
+        self.plot.show_cursor(state.token if state.token >= 0 else None)
+
+    def _nothing(self, why: str) -> None:
+        self.note.object = f"<p>{why}</p>"
+        self.plot.draw([], {})
+        self.table.value = pd.DataFrame(columns=list(TABLE))
+
+    def _draw(self, other: Model) -> None:
+        state, model = self.state, self.model
+        rollout = (state.rollout,)
+        try:
+            if not (model.is_scored(state.rollout) and other.is_scored(state.rollout)):
+                raise MisuseError(f"rollout {state.rollout} is not scored in both stores.")
+            change = difference(model.scores(rollout), other.scores(rollout))
+        except MisuseError as error:
+            self.note.object = f"<p>{error}</p>"
+            self.plot.draw([], {})
+            return
+        self.note.object = ""
+        values = treated(change, state.treatment, top_dims=model.top_dims)
+        labels = set(map(str, values.direction.values))
+        table = model.directions[model.directions["direction"].isin(labels)]
+        chosen = picked(table, traits=state.traits, layer=state.layer_number)
+        curves = {str(values.direction.values[j]): values.values[:, j] for j in chosen}
+        self.plot.show_bands(bands_of(model, state.rollout))
+        self.plot.plot.title.text = f"{other.name} less {model.name}: {state.treatment.unit}, {state.rollout}"
+        self.plot.draw(np.arange(len(values)), curves, texts=texts_of(model, state.rollout))
+
+    def _show(self, found: pd.DataFrame) -> None:
+        self.table.value = found
+
+
+def _table(a: Model, b: Model, how: Treatment) -> pd.DataFrame:
+    """Compare the means of rollouts that both hold with the same tokens, direction by direction."""
+    hashes = b.rollouts["token_sha256"].to_dict()
+    names = [name for name in a.scored if b.is_scored(name) and hashes[name] == a.rollouts["token_sha256"][name]]
+    plain_how = Treatment(mode=how.mode, clean=how.clean, centred=how.centred, smooth=1)
+    rows = []
+    if names:
+        first, second = (summarise(model, plain_how).means.loc[names] for model in (a, b))
+        for direction in [name for name in first.columns if name in second.columns]:
+            pair = pd.DataFrame({"a": first[direction], "b": second[direction]}).dropna()
+            x, y = pair["a"].to_numpy(), pair["b"].to_numpy()
+            rows.append((direction, len(x), x.mean(), y.mean(), effect_size(x, y), paired_effect_size(x, y)))
+    return pd.DataFrame(rows, columns=list(TABLE))
