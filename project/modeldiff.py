@@ -18,12 +18,14 @@ from project.statistics import effect_size, paired_effect_size
 
 __all__ = ["difference", "model_diff"]
 
+Dim = tuple[str, int, int]
+
 
 def difference(a: xr.Dataset, b: xr.Dataset) -> xr.Dataset:
     """Return b − a token by token, where both scored the same rollouts, tokens, directions and layers.
 
-    What `derive.cleaned` needs is a difference as well, so that a difference is cleaned of the difference. Norms are
-    those of a.
+    What `derive.cleaned` needs is a difference as well, as far as both kept it, so that a difference is cleaned of the
+    difference. Norms are those of a.
 
     Raises
     ------
@@ -37,7 +39,8 @@ def difference(a: xr.Dataset, b: xr.Dataset) -> xr.Dataset:
             "the two have no rollouts and directions in common, so there is no difference; score both along the same "
             "directions at the same layers"
         )
-    kept_a, kept_b = (_kept(one, names, labels) for one in (a, b))
+    dims = [dim for dim in _dims(a) if dim in set(_dims(b))]  # one may be calibrated otherwise, or not at all
+    kept_a, kept_b = (_kept(one, names, labels, dims=dims) for one in (a, b))
     for name, run in runs_of_rollouts(kept_a):
         same = np.array_equal(kept_a.token_id.values[run], kept_b.token_id.values[kept_b.rollout.values == name])
         if not same:
@@ -46,9 +49,16 @@ def difference(a: xr.Dataset, b: xr.Dataset) -> xr.Dataset:
     return kept_a.assign(changed)
 
 
-def _kept(scores: xr.Dataset, names: Sequence[str], labels: Sequence[str]) -> xr.Dataset:
+def _kept(scores: xr.Dataset, names: Sequence[str], labels: Sequence[str], *, dims: Sequence[Dim]) -> xr.Dataset:
     places = {name: np.flatnonzero(scores.rollout.values == name) for name in names}
-    return scores.isel(token=np.concatenate(list(places.values()))).sel(direction=list(labels))
+    columns = [_dims(scores).index(dim) for dim in dims]
+    kept = scores.isel(token=np.concatenate(list(places.values())), dim_column=columns)
+    return kept.sel(direction=list(labels))
+
+
+def _dims(scores: xr.Dataset) -> list[Dim]:
+    """Component, layer and dimension of each activation kept beside the scores."""
+    return list(zip(*(scores[name].values.tolist() for name in ("dim_component", "dim_layer", "dim")), strict=True))
 
 
 def model_diff(

@@ -110,7 +110,9 @@ def _write_response(store: Store, name: str, *, inference: Path, prompt_set: str
         "prompt_note": None,
         "capture_date": str(capture["created"]),
     }
-    return _write(path, known | response_record(name, row, store.tokens(name), stem=path.stem))
+    record = known | response_record(name, row, store.tokens(name), stem=path.stem)
+    turns = [one for one in record.pop("turn_boundaries") if one["role"] != "none"]
+    return _write(path, record | ({"turn_boundaries": turns} if turns else {}))
 
 
 def _write_annotations(store: Store, sets: Mapping[str, str], *, inference: Path) -> int:
