@@ -85,7 +85,7 @@ def sum_layers(job: Job, run: Runner) -> list[LayerSums]:
         task
         for layer, into in found.items()
         for source in range(len(selected.sources))
-        for task in _keep(job, layer, source, into)
+        for task in _keep(job, layer, source, into=into)
     ]
     for task, part in zip(tasks, run(job, tasks), strict=True):
         found[task.layer].sources[task.source].merge(part)
@@ -94,7 +94,7 @@ def sum_layers(job: Job, run: Runner) -> list[LayerSums]:
     return list(found.values())
 
 
-def _keep(job: Job, layer: int, source: int, into: LayerSums) -> list[SumTask]:
+def _keep(job: Job, layer: int, source: int, *, into: LayerSums) -> list[SumTask]:
     """Add what was kept of one source, and return what has to be summed up from its data."""
     selected = job.selected
     rows = selected.rows(source)

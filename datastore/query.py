@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from xarray.core import indexing
 
-from datastore import lazy, results, scores, storage, stream, tables
+from datastore import chunked, lazy, results, scores, storage, stream, tables
 from datastore.axis import Axis
 from datastore.cells import Cells, Ints, latest
 from datastore.errors import AbsentError, CorruptError, DatastoreError, MisuseError
@@ -187,16 +187,18 @@ class Store:
         rows = self._wrap({component: array}, axis, numbers)[component]
         return rows.isel(layer=0) if isinstance(layers, int | np.integer) else rows
 
-    def dataset(self) -> xr.Dataset:
+    def dataset(self, *, chunks: int | Literal["auto"] | None = None) -> xr.Dataset:
         """Return the whole store as one lazy Dataset: every component over (token, layer, its width).
 
         `ds.sel(rollout="71", layer=20)` selects. Where the store is ragged, reading a cell that is not captured raises
-        AbsentError.
+        AbsentError. With `chunks`, the components are dask arrays, and a task reads whole chunks of one layer: as many
+        as are in that many tokens, or for "auto" in 128 MiB.
         """
         axis, layers = self._tokens_of(np.arange(len(self._cells.ids))), self.layers
         names = self.components
         arrays = {name: lazy.ComponentArray(self._cells, name, layers=layers, axis=axis) for name in names}
-        return self._wrap(arrays, axis, layers)
+        whole = self._wrap(arrays, axis, layers)
+        return whole if chunks is None else chunked.chunked(whole, self._cells, axis, chunks=chunks)
 
     def norms(
         self, component: str, *, rollouts: Rollouts = None, layers: int | Sequence[int] | None = None
