@@ -95,7 +95,7 @@ def test_captures_are_cut_where_their_chunks_are(captures: Store, chunks: Any) -
             xr.testing.assert_identical(one.compute(), plain[name].sel(layer=layer).compute())
     one = whole.residual.sel(rollout=["1", "2"], layer=9)
     np.testing.assert_array_equal(one, plain.residual.sel(rollout=["1", "2"], layer=9))
-    with pytest.raises(AbsentError, match="layer 9 of rollout '[04]' is not captured"):
+    with pytest.raises(AbsentError, match=r"layer 9 of rollout '[04]' is not captured"):
         whole.residual.sel(layer=9).compute()
 
 
