@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from datastore.errors import AbsentError, ConflictError, CorruptError, DatastoreError, MisuseError
+from datastore.errors import AbsentError, ConflictError, CorruptError, DatastoreError, MisuseError, NotAStoreError
 from datastore.query import Store
 from experiments.errors import ExperimentError
 from view import api_numbers, api_tables
@@ -29,6 +29,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (TooLargeError, 413),
     (NotAcceptableError, 406),
     (AbsentError, 404),
+    (NotAStoreError, 404),  # it was one when it was opened
     (MisuseError, 422),
     (ConflictError, 409),
     (CorruptError, 500),

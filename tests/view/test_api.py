@@ -154,7 +154,14 @@ def test_families_are_rollouts_of_one_beginning(server: Server) -> None:
 
 @pytest.mark.parametrize("component", ["residual", "k_proj"])
 def test_a_slice_is_what_was_put_in(server: Server, component: str) -> None:
-    query = {"rollout": "alone", "component": component, "layers": "5,1", "start": 3, "stop": 30, "dims": "4,0-1"}
+    query: dict[str, Any] = {
+        "rollout": "alone",
+        "component": component,
+        "layers": "5,1",
+        "start": 3,
+        "stop": 30,
+        "dims": "4,0-1",
+    }
     rows = np.stack([given("alone", layer, component) for layer in (5, 1)], axis=1)[3:30][:, :, [4, 0, 1]]
     expected = upcast(np.ascontiguousarray(rows))
     plain = server.get("/slice", **query)
@@ -194,7 +201,7 @@ def test_the_stored_bits_can_be_had(server: Server) -> None:
 
 def test_norms_are_those_of_the_rows(server: Server) -> None:
     rows = np.stack([given("alone", layer) for layer in (1, 9)], axis=1)[5:20].astype(np.float64)
-    query = {"rollout": "alone", "layers": "1,9", "start": 5, "stop": 20}
+    query: dict[str, Any] = {"rollout": "alone", "layers": "1,9", "start": 5, "stop": 20}
     found = server.get("/norms", **query).json
     np.testing.assert_allclose(found["values"], np.linalg.norm(rows, axis=2), rtol=1e-6)
     binary = npy(server.get("/norms", headers={"Accept": NPY}, **query))
@@ -263,7 +270,7 @@ def test_scores_are_the_products(server: Server, store: datastore.Store, mode: s
 
 
 def test_scores_are_chosen_by_trait_layer_rollout_and_tokens(server: Server) -> None:
-    query = {"trait": "calm", "layers": "2-9", "rollout": ["run/4 ü", "alone"], "start": 4, "stop": 20}
+    query: dict[str, Any] = {"trait": "calm", "layers": "2-9", "rollout": ["run/4 ü", "alone"], "start": 4, "stop": 20}
     found = server.get("/scores", **query).json
     (one,) = [one for one in directions() if (one.trait, one.layer) == ("mood/calm", 5)]
     assert [d["direction"] for d in found["directions"]] == ["mood/calm@5"]
@@ -332,7 +339,7 @@ def test_a_difference_of_two_stores_is_the_second_less_the_first(tmp_path: Path,
     project.scores(datastore.open(tmp_path / "other.zarr"), directions())
     with served.process(store.path, tmp_path / "other.zarr") as server:
         assert [one["name"] for one in server.get("/stores").json["stores"]] == ["run", "other"]
-        query = {"trait": "bs/lying", "layers": "5"}
+        query: dict[str, Any] = {"trait": "bs/lying", "layers": "5"}
         unnamed = server.get("/scores", **query)
         assert (unnamed.status, unnamed.detail) == (
             422,
