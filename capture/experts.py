@@ -46,9 +46,12 @@ class Int4Experts(nn.Module):
     gate_scale, up_scale, down_scale : [n_experts, rows, columns / group]
     workspace : int
         Bytes as for `WORKSPACE`; at least one expert's projection is always multiplied out at a time.
+    direct : bool
+        Multiply INT4 directly on a GPU that has the kernel, with no workspace at all.
     """
 
     workspace: int = WORKSPACE
+    direct: bool = True
 
     def __init__(
         self,
@@ -176,8 +179,10 @@ def _has_kernel(device: torch.device) -> bool:
 
 def _kernel(x: Tensor, module: Int4Experts) -> Callable[[Int4Experts, Tensor, Tensor, Tensor], Tensor] | None:
     """What multiplies INT4 directly on this device, where there is such a kernel for these sizes."""
-    if x.device.type != "cuda" or x.dtype is not torch.bfloat16 or module.gate_packed.device != x.device:
+    if not module.direct or x.device.type != "cuda" or x.dtype is not torch.bfloat16 or module.gate_packed.device != x.device:
         return None
-    from capture import experts_triton  # Triton is there on a GPU only
-
+    try:
+        from capture import experts_triton  # Triton is there on a GPU only
+    except ImportError:
+        return None
     return experts_triton.multiply if experts_triton.fits(module) else None
