@@ -89,7 +89,7 @@ class StoreFiles(StaticFiles):
         except DatastoreError:
             return None
         found = root if not inside else self._inside(name, inside)
-        if root is None or found is None or not found.is_dir() or not _is_group(found):
+        if root is None or found is None or not os.path.isdir(found) or not _is_group(found):
             return None
         shown = found.relative_to(os.path.realpath(root)).parts if inside else ()
         names = [one for one in sorted(os.listdir(found))[:_MOST_LISTED] if _committed([*shown, one])]

@@ -170,7 +170,8 @@ def test_without_scores_calibration_or_text_the_rest_is_answered(tmp_path: Path)
     with served.running([path]) as server:
         (one,) = server.get("/stores").json["stores"]
         assert (one["directions"], one["calibrations"]) == ([], [])
-        for route, query in (("/scores", {}), ("/spans", {"direction": "x"}), ("/compare", {"label": "lying"})):
+        asked: dict[str, dict[str, Any]] = {"/scores": {}, "/spans": {"direction": "x"}, "/compare": {"label": "lying"}}
+        for route, query in asked.items():
             refused = server.get(route, **query)
             assert refused.status == 404
             assert refused.detail == (
