@@ -391,7 +391,7 @@ def _put(writer: Writer, one: Found) -> None:
     layers, names = set(writer.plan.layers), {c.name for c in writer.plan.components}
     for rows in one.raw.rows():
         if rows.layer in layers and rows.component in names:
-            writer.put(rows.component, rows.layer, one.rollout.rollout_id, rows.values, start=rows.start)
+            writer.put(rows.component, rows.layer, one.rollout.rollout_id, rows.values, start=rows.start, copy=False)
 
 
 def _refuse_full_disk(store: Path, plans: Sequence[Plan]) -> None:

@@ -28,16 +28,17 @@ def bits(values: NDArray[Any]) -> NDArray[Any]:
 class OpenChunk:
     """One chunk's buffer (chunk tokens, width), and which of its rows are filled.
 
-    Zarr stores a last chunk whole; its tail holds the fill value, NaN.
+    Zarr stores a last chunk whole; its tail holds the fill value, NaN. A `lent` chunk is the caller's own memory,
+    whole from the start, and never used again.
     """
 
-    __slots__ = ("filled", "rows", "values")
+    __slots__ = ("filled", "lent", "rows", "values")
 
-    def __init__(self, values: NDArray[Any], rows: int) -> None:
-        self.values = values
-        self.rows = rows
-        self.filled = np.zeros(rows, dtype=np.bool_)
-        values[rows:] = np.nan
+    def __init__(self, values: NDArray[Any], rows: int, *, lent: bool = False) -> None:
+        self.values, self.rows, self.lent = values, rows, lent
+        self.filled = np.full(rows, lent)
+        if rows < len(values):
+            values[rows:] = np.nan
 
     @property
     def complete(self) -> bool:
@@ -55,14 +56,19 @@ class Assembly:
         Where chunks are put aside; made when needed.
     allowance : int
         Bytes of buffers, open, being written and free, at most; one buffer is always allowed.
+    waiting : int
+        Bytes of complete chunks at which no new buffer is made: a few that are used again and again are faster than
+        many that are each touched once. One is always allowed to wait.
     check : callable
         Raises when writing failed, so that nobody waits for a buffer that does not come back.
     """
 
-    def __init__(self, plan: Plan, directory: Path, *, allowance: int, check: Callable[[], None]) -> None:
+    def __init__(
+        self, plan: Plan, directory: Path, *, allowance: int, waiting: int, check: Callable[[], None]
+    ) -> None:
         self._shapes = {c.name: (plan.chunk_tokens[c.name], c.width) for c in plan.components}
         self._dtypes = {c.name: numpy_dtype(c.dtype) for c in plan.components}
-        self._directory, self._allowance, self._check = directory, allowance, check
+        self._directory, self._allowance, self._waiting, self._check = directory, allowance, waiting, check
         self._open: dict[ChunkId, OpenChunk] = {}
         self._aside: dict[ChunkId, NDArray[np.bool_]] = {}
         self._free: dict[str, list[NDArray[Any]]] = {c.name: [] for c in plan.components}
@@ -85,10 +91,26 @@ class Assembly:
             self._busy += 1
         return self._open.pop(chunk)
 
+    def lend(self, chunk: ChunkId, values: NDArray[Any]) -> OpenChunk | None:
+        """Take a whole chunk in the caller's own memory, once there is room among those that wait to be written.
+
+        None where rows of the chunk are here already, so that it must be put together.
+        """
+        if chunk in self._open or chunk in self._aside:
+            return None
+        with self._room:
+            while self._busy and (self._busy + 1) * values.nbytes > self._waiting:
+                self._check()
+                self._room.wait()
+            self._check()
+            self._busy += 1
+        return OpenChunk(values, len(values), lent=True)
+
     def give_back(self, chunk: ChunkId, one: OpenChunk) -> None:
         """Take the buffer of a chunk that is written, or that could not be; called by any thread."""
         with self._room:
-            self._free[chunk.component].append(one.values)
+            if not one.lent:
+                self._free[chunk.component].append(one.values)
             self._busy -= 1
             self._room.notify_all()
 
@@ -120,6 +142,8 @@ class Assembly:
         for others in self._free.values():
             while others and self._allocated + need > self._allowance:
                 self._allocated -= others.pop().nbytes
+        if self._busy and (self._busy + 1) * need > self._waiting:
+            return None
         if self._allocated + need > self._allowance and (self._busy or self._open):
             return None
         self._allocated += need

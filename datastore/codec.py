@@ -25,7 +25,7 @@ from datastore.dtype import numpy_dtype
 from datastore.errors import CorruptError, MisuseError
 from datastore.schema import DTYPES, Codec
 
-__all__ = ["ChunkDecoder", "encode", "zarr_codecs"]
+__all__ = ["ChunkDecoder", "encode", "encode_pieces", "zarr_codecs"]
 
 _SHUFFLES: Final = ("noshuffle", "shuffle", "bitshuffle")
 _SHUFFLE: Final = {"zstd": 1, "lz4": 2}
@@ -83,6 +83,14 @@ def encode(values: NDArray[Any], codec: Codec) -> bytes:
     bytes
         Compressed values and their crc32c, little-endian.
     """
+    return b"".join(encode_pieces(values, codec))
+
+
+def encode_pieces(values: NDArray[Any], codec: Codec) -> tuple[bytes | memoryview, bytes]:
+    """Return the same bytes as `encode` in two pieces, body and checksum, so that no one need copy the body.
+
+    Where nothing compresses, the body is the memory of `values` itself.
+    """
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     if codec.name == "none":
         body: Any = flat.data
@@ -90,7 +98,7 @@ def encode(values: NDArray[Any], codec: Codec) -> bytes:
         shuffle = _SHUFFLE[codec.name]
         blosc = _blosc(codec.name, codec.level, shuffle=shuffle, blocksize=codec.blocksize, typesize=values.itemsize)
         body = blosc.encode(flat)
-    return b"".join((body, _CRC.pack(_crc32c(np.frombuffer(body, np.uint8)))))
+    return body, _CRC.pack(_crc32c(np.frombuffer(body, np.uint8)))
 
 
 @cache

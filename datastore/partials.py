@@ -31,10 +31,6 @@ SEAL = 4
 """Bytes that tie a partial to its chunk: the chunk's crc32c, with which every codec ends."""
 
 
-def _seal(encoded: bytes) -> bytes:
-    return encoded[-SEAL:]
-
-
 class ChunkId(NamedTuple):
     """A chunk of a plan: component, index of the layer, index along the tokens."""
 
@@ -146,10 +142,10 @@ class Partials:
     def _file(self, chunk: ChunkId) -> Path:
         return self._directory / chunk.component / str(chunk.layer_index) / str(chunk.chunk)
 
-    def write(self, chunk: ChunkId, values: NDArray[Any], encoded: bytes) -> MomentsTable:
-        """Compute and keep the statistics of a chunk."""
+    def write(self, chunk: ChunkId, values: NDArray[Any], *, seal: bytes) -> MomentsTable:
+        """Compute and keep the statistics of a chunk; `seal` is the end of its file, its checksum."""
         table = MomentsTable.of_pieces(values, self.pieces(chunk))
-        storage.write_atomic(self._file(chunk), _seal(encoded) + table.to_bytes())
+        storage.write_atomic(self._file(chunk), seal + table.to_bytes())
         return table
 
     def read(self, group: Path, chunk: ChunkId) -> MomentsTable:
@@ -164,7 +160,7 @@ class Partials:
         except (OSError, CorruptError):
             pass
         values, encoded = read_chunk(group, self._plan, chunk)
-        return self.write(chunk, values, encoded)
+        return self.write(chunk, values, seal=encoded[-SEAL:])
 
     def note(self, key: str, value: Any) -> None:
         """Keep a note of this process beside the plan."""

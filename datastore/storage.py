@@ -1,7 +1,7 @@
 """The only file that touches Zarr: create a store and a capture's group, read small arrays, write chunks, rename, sync.
 
-Everything appears whole: groups are built aside and renamed, chunks go through zarr-python's local store, which writes
-a temporary name and renames it. Nothing here knows what a plan or a rollout means beyond the arrays that hold it.
+Everything appears whole: groups are built aside and renamed, chunks get a temporary name and are renamed. Nothing here
+knows what a plan or a rollout means beyond the arrays that hold it.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import shutil
 import threading
 import uuid
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -22,8 +23,6 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.core.buffer import cpu
-from zarr.core.sync import sync
 from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore
 
@@ -41,6 +40,7 @@ from datastore.schema import FORMAT, FORMAT_VERSION, Codec
 
 __all__ = [
     "ROOT_GROUPS",
+    "WriteBehind",
     "array_metadata",
     "attributes",
     "check_writable",
@@ -52,10 +52,12 @@ __all__ = [
     "create_group",
     "create_root",
     "discard",
+    "enough_room",
     "free_bytes",
     "numbered",
     "open_root",
     "publish",
+    "put_away",
     "read_array",
     "read_region",
     "remove",
@@ -74,6 +76,8 @@ register()  # zarr-python 3.1 collects the entry points of data types and never 
 ROOT_GROUPS = ("captures", "labels", "annotations", "dropped", "calibration", "scores")
 TABLE_CHUNK = 65536
 """Elements a chunk of the small arrays: coordinates and the rollout table."""
+_SYNC_WRITE, _SYNC_WAIT = 2, 1 | 2 | 4
+"""Flags of sync_file_range: start writing back; wait for what is under way, start the rest, wait for that."""
 
 
 def open_root(path: Path) -> None:
@@ -148,6 +152,21 @@ def writable(path: Path) -> Iterator[None]:
         raise ReadOnlyError(
             f"{path} can't be written ({error.strerror}: {error.filename}), so nothing was captured; choose a place "
             "that you may write to, or change its permissions"
+        ) from error
+
+
+@contextmanager
+def enough_room(path: Path, n_bytes: int) -> Iterator[None]:
+    """Turn an error of the disk into one sentence that says how much room `path` needs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        raise DatastoreError(
+            f"{error.filename or path} could not be written ({error.strerror}): {n_bytes:,} bytes before compression "
+            f"are still to write and {free_bytes(path):,} are free; what is finished is kept, make room and run the "
+            "same command again to go on"
         ) from error
 
 
@@ -336,10 +355,120 @@ def chunk_file(array: Path, index: Sequence[int]) -> Path:
     return array.joinpath("c", *(str(i) for i in index))
 
 
-def write_chunk(array: Path, index: Sequence[int], encoded: bytes) -> None:
-    """Write one encoded chunk whole through zarr-python's local store."""
-    store = LocalStore(array)
-    sync(store.set("/".join(("c", *(str(i) for i in index))), cpu.Buffer.from_bytes(encoded)))
+class WriteBehind:
+    """The files written last, of which the disk is still taking the bytes; each then leaves the page cache.
+
+    Writing starts at once and is waited for a few files later, so that the one sync at the end finds little to do, and
+    the cache keeps what is read again, the model's weights, instead of a store's bytes that are written once. Memory
+    that is used again is also much faster than memory that is touched once (docs/design/0001-store.md has the numbers).
+    Where the system can't do this, the files are simply closed. Used by any thread.
+    """
+
+    def __init__(self, depth: int = 8) -> None:
+        self._depth, self._lock = depth, threading.Lock()
+        self._files: deque[int] = deque()
+
+    def push(self, descriptor: int) -> None:
+        """Take over an open file that is written.
+
+        Raises
+        ------
+        OSError
+            The disk could not take an earlier file.
+        """
+        with self._lock:
+            self._files.append(descriptor)
+            old = self._files.popleft() if len(self._files) > self._depth else None
+        _sync_range(descriptor, _SYNC_WRITE)
+        if old is not None:
+            self._finish(old)
+
+    def close(self) -> None:
+        """Close what is left; the sync that follows waits for it."""
+        while self._files:
+            os.close(self._files.popleft())
+
+    def _finish(self, descriptor: int) -> None:
+        try:
+            _sync_range(descriptor, _SYNC_WAIT)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _sync_range(descriptor: int, how: int) -> None:
+    """Start writing a file to disk or wait for it, where the system knows how; no promise of durability."""
+    call = _libc_function("sync_file_range")
+    if call is not None and call(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(how)) != 0:
+        error = ctypes.get_errno()
+        if error in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error, os.strerror(error))
+
+
+def write_chunk(
+    array: Path, index: Sequence[int], pieces: Sequence[bytes | memoryview], *, behind: WriteBehind | None = None
+) -> int:
+    """Write one encoded chunk, given in pieces, whole: a temporary name beside it, then a rename.
+
+    The array's directory must be there: a process that is too late for a plan must not bring the plan back.
+
+    Returns
+    -------
+    int
+        The bytes written.
+
+    Raises
+    ------
+    OSError
+        Nothing is left of the chunk then.
+    """
+    file = chunk_file(array, index)
+    aside = file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
+    descriptor = _create_below(array, aside)
+    try:
+        written = _write_all(descriptor, pieces)
+        os.rename(aside, file)
+    except BaseException:
+        os.close(descriptor)
+        aside.unlink(missing_ok=True)
+        raise
+    if behind is None:
+        os.close(descriptor)
+    else:
+        behind.push(descriptor)
+    return written
+
+
+def _create_below(array: Path, file: Path) -> int:
+    """Create a new file and the directories between it and the array's, and return its descriptor."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(file, flags, 0o666)
+    except FileNotFoundError:
+        for parent in reversed([p for p in file.parents if p.is_relative_to(array) and p != array]):
+            with suppress(FileExistsError):
+                parent.mkdir()
+        return os.open(file, flags, 0o666)
+
+
+def _write_all(descriptor: int, pieces: Sequence[bytes | memoryview]) -> int:
+    """Write all pieces, whatever the system takes at a time, and return how many bytes they are."""
+    left = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
+    total = sum(len(piece) for piece in left)
+    while left:
+        taken = os.writev(descriptor, left)
+        while left and taken >= len(left[0]):
+            taken -= len(left.pop(0))
+        if left:
+            left[0] = left[0][taken:]
+    return total
+
+
+@lru_cache
+def _libc_function(name: str) -> Any:
+    """Return a function of the C library, None where it has none of that name."""
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
 
 
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
@@ -397,7 +526,7 @@ def sync_files(path: Path, descriptor: int | None = None) -> None:
     DatastoreError
         Something could not be written.
     """
-    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    syncfs = _libc_function("syncfs")
     if syncfs is None:
         os.sync()
         return
@@ -458,10 +587,19 @@ def remove(path: Path) -> None:
 
 def discard(path: Path) -> None:
     """Delete a directory that other processes look for, under another name, so that none finds half of it."""
+    remove(put_away(path))
+
+
+def put_away(path: Path) -> Path:
+    """Give a directory that is to be deleted the name of a leftover, durably, and return it.
+
+    Else a power cut might bring the old name back, and not the files that were deleted since.
+    """
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     with suppress(FileNotFoundError):
         os.rename(path, aside)
-    remove(aside)
+        sync_file(path.parent)
+    return aside
 
 
 def chunk_size(array: Path, index: Sequence[int]) -> int:

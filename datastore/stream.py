@@ -5,15 +5,17 @@ threads that decode. Both keep the order of their sources, hold at most `memory`
 than their buffers while the caller is slower, and end their threads when the caller stops early.
 """
 
+import itertools
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -26,12 +28,13 @@ __all__ = ["Block", "Source", "Span", "blocks", "map_blocks"]
 
 R = TypeVar("R")
 _ALIGN: Final = 64
+_STEP: Final = 256 << 10
 _MORE: Final = 256
 """Bytes that an encoded chunk and the alignment of buffers can take beyond the decoded chunk."""
 _SPARE: Final = 2
 """Buffers beyond one a thread: one with the caller and one decoded ahead. More only cost memory and cache."""
-_AHEAD: Final = 8
-"""Chunk files that the kernel is asked to bring into its cache before their turn; it is no memory of the process."""
+_AHEAD: Final = 3
+"""How many chunks before its turn the beginning of a file is asked for; the kernel's cache is no memory of ours."""
 _REPAIR: Final = "; no value is made up for it: run `verify --repair` on the store, then the same capture again"
 _thread = threading.local()
 
@@ -211,31 +214,61 @@ def _ordered(
     if group is None:
         return
     buffers = _Buffers(memory, threads or len(os.sched_getaffinity(0)), first=group[0])
+    turns = _Turns(buffers.threads)
     pool = ThreadPoolExecutor(buffers.threads, thread_name_prefix="chunk")
+    more = ThreadPoolExecutor(1, thread_name_prefix="chunk-more")
+    count = itertools.count()
     pending: deque[tuple[Future[R], NDArray[np.uint8]]] = deque()
     try:
         while group or pending:
             while group and (buffer := buffers.take(group[0])) is not None:
-                pending.append((pool.submit(_worked, work, group, buffer, later=later), buffer))
+                extra = buffers.reader and turns.waited and next(count) % (buffers.threads + 1) == 0
+                doing = (more if extra else pool).submit(_worked, work, group, buffer, later=later, turns=turns)
+                pending.append((doing, buffer))
                 group, later = next(groups, (None, None))
             future, buffer = pending.popleft()
             yield future.result()
             buffers.give(buffer)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for threads_of in (pool, more):
+            threads_of.shutdown(wait=True, cancel_futures=True)
 
 
 def _worked(
-    work: Callable[[_Group, NDArray[np.uint8]], R], group: _Group, buffer: NDArray[np.uint8], *, later: _Group | None
+    work: Callable[[_Group, NDArray[np.uint8]], R],
+    group: _Group,
+    buffer: NDArray[np.uint8],
+    *,
+    later: _Group | None,
+    turns: "_Turns",
 ) -> R:
-    if later and later[0].decoder is not None:
-        _fetch(later[0].file)
-    return work(group, buffer)
+    """Work on a chunk when it is this thread's turn; one that waits for the disk lets another work meanwhile."""
+    with turns:
+        _thread.turns = turns
+        if later and later[0].decoder is not None:
+            _touch(later[0].file)
+        return work(group, buffer)
 
 
 def _by_chunk(sources: Iterable[Source]) -> Iterator[_Group]:
     for _, group in groupby(sources, key=lambda one: (one.path, one.layer_index, one.chunk)):
         yield tuple(group)
+
+
+class _Turns(BoundedSemaphore):
+    """As many turns as threads work at a time; `waited` once any had to wait for the disk: one more then reads."""
+
+    waited = False
+
+    @contextmanager
+    def given_up(self) -> Iterator[None]:
+        """Let another thread work while this one, whose turn it is, waits."""
+        self.waited = True
+        self.release()
+        try:
+            yield
+        finally:
+            self.acquire()
 
 
 def _with_later(groups: Iterator[_Group]) -> Iterator[tuple[_Group, _Group | None]]:
@@ -249,14 +282,12 @@ def _with_later(groups: Iterator[_Group]) -> Iterator[tuple[_Group, _Group | Non
         yield group, None
 
 
-def _fetch(file: Path) -> None:
-    """Ask the kernel for a file that is not in its cache, so that whoever reads it in its turn does not wait."""
+def _touch(file: Path) -> None:
+    """Read the first bytes of a file, so that the kernel begins to bring it into its cache before its turn."""
     with suppress(OSError):  # whoever reads the file says what is wrong with it
         descriptor = os.open(file, os.O_RDONLY)
         try:
-            os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
-        except BlockingIOError:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.preadv(descriptor, [bytearray(1)], 0)
         finally:
             os.close(descriptor)
 
@@ -313,12 +344,31 @@ def _file_bytes(file: Path, most: int) -> NDArray[np.uint8]:
         scratch = _thread.scratch = _aligned(most + 1)
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        size = 0
-        while (got := os.readv(descriptor, [scratch[size : most + 1].data])) > 0:
-            size += got
+        size = _cached(descriptor, scratch[: most + 1])
+        if size < min(most + 1, os.fstat(descriptor).st_size):
+            with _thread.turns.given_up():
+                size = _from_disk(descriptor, scratch[: most + 1], size)
     finally:
         os.close(descriptor)
     return scratch[:size]
+
+
+def _from_disk(descriptor: int, into: NDArray[np.uint8], size: int) -> int:
+    """Read on from `size` to the end of a file, in steps by which the kernel sees that it is read through.
+
+    It then reads ahead in large pages, twice as fast here as by one call for the whole file.
+    """
+    while (got := os.preadv(descriptor, [into[size : size + _STEP].data], size)) > 0:
+        size += got
+    return size
+
+
+def _cached(descriptor: int, into: NDArray[np.uint8]) -> int:
+    """Read what the page cache holds of a file's beginning, in one call, and return how much that is."""
+    try:
+        return os.preadv(descriptor, [into.data], 0, os.RWF_NOWAIT)
+    except (AttributeError, OSError):  # none of it, or a system that can't say
+        return 0
 
 
 def _aligned(nbytes: int) -> NDArray[np.uint8]:
@@ -337,6 +387,8 @@ class _Buffers:
         self.memory = memory
         # n threads want n encoded chunks, n decoded ones and one more with the caller.
         self.threads = max(1, min(threads, (memory - first.nbytes) // (2 * first.nbytes + _MORE)))
+        self.reader = True
+        """Whether there is room for one thread more, which waits for the disk while the others work."""
         self._largest = 0
         self._free: list[NDArray[np.uint8]] = []
         self._out = 0
@@ -362,6 +414,9 @@ class _Buffers:
 
     def _new(self, source: Source) -> NDArray[np.uint8] | None:
         encoded = self.threads * (self._largest + _MORE)
+        self.reader = self.reader and self.threads * 2 * (self._largest + _MORE) + source.nbytes <= self.memory // 2
+        if self.reader:
+            encoded += self._largest + _MORE
         while self._free and self._held + source.nbytes + encoded > self.memory:
             self._held -= len(self._free.pop())
         if self._held + source.nbytes + encoded <= self.memory:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from datastore import layout, parts, storage
 from datastore.assembly import Assembly, OpenChunk, bits
-from datastore.codec import encode
+from datastore.codec import encode_pieces
 from datastore.commit import Combiner, commit_group
 from datastore.dtype import numpy_dtype
 from datastore.errors import DatastoreError, PlanError
@@ -75,10 +75,11 @@ def create(
     if threads is not None and threads < 1:
         raise PlanError(f"{threads} threads write nothing; give at least 1, or leave it out for one per CPU")
     store = Path(path).resolve()
-    storage.create_root(store)
-    directory = lay_down(store, plan)
-    storage.check_writable(store, plans_directory(store))
-    return Writer(store, directory, plan, part=part, memory=memory, threads=threads)
+    with storage.enough_room(store, plan.raw_bytes + plan.table_bytes):
+        storage.create_root(store)
+        directory = lay_down(store, plan)
+        storage.check_writable(store, plans_directory(store))
+        return Writer(store, directory, plan, part=part, memory=memory, threads=threads)
 
 
 class Writer:
@@ -104,14 +105,16 @@ class Writer:
         self._dtypes = {c.name: numpy_dtype(c.dtype) for c in plan.components}
         self._failure: BaseException | None = None
         self._count = Lock()
+        allowance = memory - 2 * largest * self._workers
         self._assembly = Assembly(
             plan,
             directory / f"spill-{self._start}",
-            allowance=memory - 2 * largest * self._workers,
+            allowance=allowance,
+            waiting=max(allowance // 8, 2 * largest * self._workers),
             check=self._raise_failure,
         )
         self._total = sum(1 for _ in chunks_within(plan, self.tokens))
-        self._disk = os.open(directory, os.O_RDONLY)
+        self._disk, self._behind = os.open(directory, os.O_RDONLY), storage.WriteBehind()
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="datastore-write")
         try:
             self._take_stock()
@@ -187,7 +190,16 @@ class Writer:
 
     # -- rows in ---------------------------------------------------------------------------------------------------
 
-    def put(self, component: str, layer: int, rollout_id: str, values: NDArray[Any], *, start: int = 0) -> None:
+    def put(
+        self,
+        component: str,
+        layer: int,
+        rollout_id: str,
+        values: NDArray[Any],
+        *,
+        start: int = 0,
+        copy: bool = True,
+    ) -> None:
         """Give rows of one rollout, in any order; rows of other parts and of finished chunks are ignored.
 
         Called by one thread at a time.
@@ -197,9 +209,12 @@ class Writer:
         component, layer, rollout_id
             Which cell; it must be in the plan.
         values : array (n, width)
-            In the component's stored dtype, never cast. Copied, so the caller may reuse it.
+            In the component's stored dtype, never cast.
         start : int
             Position of the first row in its rollout.
+        copy : bool
+            Whether the caller may change `values` afterwards. Without, whole chunks are compressed where they lie; the
+            array is kept until they are written.
 
         Raises
         ------
@@ -209,7 +224,7 @@ class Writer:
             A chunk could not be written; what is finished is kept.
         """
         first = self._check(component, layer, rollout_id, values=values, start=start)
-        size, rows = self.plan.chunk_tokens[component], bits(values)
+        size, lend = self.plan.chunk_tokens[component], not copy and values.flags.c_contiguous
         begin, end = max(first, self._start), min(first + len(values), self._stop)
         self._raise_failure()
         with self._disk_errors():
@@ -219,12 +234,18 @@ class Writer:
                     continue
                 low, high = layout.chunk_range(index, size, self.plan.n_tokens)
                 a, b = max(begin, low), min(end, high)
-                one = self._assembly.open(chunk, high - low)
-                bits(one.values)[a - low : b - low] = rows[a - first : b - first]
-                one.filled[a - low : b - low] = True
-                if one.complete:
+                rows = values[a - first : b - first]
+                whole = self._assembly.lend(chunk, rows) if lend and len(rows) == size else None
+                if whole or self._fill(chunk, rows, at=a - low, of=high - low):
                     self._taken.add(chunk)
-                    self._pool.submit(self._write, chunk, self._assembly.take(chunk))
+                    self._pool.submit(self._write, chunk, whole or self._assembly.take(chunk))
+
+    def _fill(self, chunk: ChunkId, rows: NDArray[Any], *, at: int, of: int) -> bool:
+        """Copy rows into an open chunk of `of` rows and return whether it is complete."""
+        one = self._assembly.open(chunk, of)
+        bits(one.values)[at : at + len(rows)] = bits(rows)
+        one.filled[at : at + len(rows)] = True
+        return one.complete
 
     def _check(self, component: str, layer: int, rollout_id: str, *, values: NDArray[Any], start: int) -> int:
         spec = self.plan.component(component)
@@ -249,14 +270,15 @@ class Writer:
 
     def _write(self, chunk: ChunkId, one: OpenChunk) -> None:
         try:
-            encoded = encode(one.values, self.plan.codec)
-            storage.write_chunk(self._group / chunk.component, grid_index(chunk), encoded)
+            pieces = encode_pieces(one.values, self.plan.codec)
+            array = self._group / chunk.component
+            stored = storage.write_chunk(array, grid_index(chunk), pieces, behind=self._behind)
             if self.plan.statistics:
-                self._partials.write(chunk, one.values[: one.rows], encoded)
+                self._partials.write(chunk, one.values[: one.rows], seal=pieces[-1])
             with self._count:
                 self._written += 1
                 self._raw_bytes += self._raw(chunk)
-                self._stored_bytes += len(encoded)
+                self._stored_bytes += stored
         except BaseException as error:
             self._failure = self._failure or error
         finally:
@@ -275,7 +297,7 @@ class Writer:
             yield
         except OSError as error:
             done = self.progress()
-            left = done.raw_bytes_total - done.raw_bytes
+            left = done.raw_bytes_total - done.raw_bytes + self.plan.table_bytes
             free = storage.free_bytes(self._store)
             raise DatastoreError(
                 f"{error.filename or self._store} could not be written ({error.strerror or error}): {left:,} bytes "
@@ -291,7 +313,8 @@ class Writer:
 
     def note(self, key: str, value: Any) -> None:
         """Keep a fact about how this part was computed (JSON); it goes into the capture's provenance at commit."""
-        self._partials.note(key, value)
+        with self._disk_errors():
+            self._partials.note(key, value)
 
     def notes(self) -> dict[str, list[Any]]:
         """Return what this and earlier processes noted of this plan."""
@@ -336,6 +359,7 @@ class Writer:
         """Stop the threads and release the part; what is finished stays for the same plan."""
         if self._release.alive:
             self._pool.shutdown(wait=True)
+            self._behind.close()
             os.close(self._disk)
             storage.remove(self._directory / f"spill-{self._start}")
             self._release()
