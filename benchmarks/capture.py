@@ -21,7 +21,7 @@ from benchmarks.measure import Row, alternate, show, size_of
 from capture.components import ComponentTable, find_components
 from datastore.schema import Plan, Rollout
 
-ROLLOUTS, BATCH_TOKENS, ROUNDS = 24, 2048, 5
+ROLLOUTS, BATCH_TOKENS, ROUNDS = 64, 2048, 3
 PROVENANCE = {"model": {"name": "random-llama", "hidden_size": 768}}
 
 

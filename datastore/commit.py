@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ class Combiner:
     def __init__(self, plan: Plan, group: Path, partials: Partials, *, threads: int, memory: int) -> None:
         self.plan, self.group, self.partials = plan, group, partials
         self._threads = max(1, min(threads, memory // (8 * STATS_ROW_BYTES)))
+        self._arrays: dict[tuple[str, str], Any] = {}
+        self._opening = Lock()
 
     def combine(self) -> dict[str, Any]:
         """Write `stats/` and return what the capture's metadata says of them."""
@@ -47,7 +50,7 @@ class Combiner:
         for block, moments in self._blocks(component, layer_index, norms):
             self._write_block(component, layer_index, block=block, sums=moments)
             count += sum(int(m.nonfinite.sum()) for m in moments.values())
-        storage.zarr_array(self.group / "stats" / component / "norm", "r+")[:, layer_index] = norms
+        self._array(component, "norm")[:, layer_index] = norms
         if count:
             where = self._name_nonfinite(component, layer_index, norms)
         return count, where
@@ -73,7 +76,14 @@ class Combiner:
     def _rows_a_block(self, component: str) -> int:
         if self.plan.stats_level == "capture":
             return 1
-        return int(storage.zarr_array(self.group / "stats" / component / "sum").chunks[0])
+        return int(self._array(component, "sum").chunks[0])
+
+    def _array(self, component: str, name: str) -> Any:
+        """Open an array of the statistics once for all layers: opening takes longer than writing a layer."""
+        with self._opening:
+            if (component, name) not in self._arrays:
+                self._arrays[component, name] = storage.zarr_array(self.group / "stats" / component / name, "r+")
+            return self._arrays[component, name]
 
     def _write_block(self, component: str, layer_index: int, *, block: int, sums: dict[Key, Moments]) -> None:
         width = self.plan.component(component).width
@@ -89,7 +99,7 @@ class Combiner:
         zero = Moments.zero(width)
         for name in STATISTICS:
             values = np.stack([getattr(sums.get(key, zero), name) for key in keys]).reshape(shape)
-            storage.zarr_array(self.group / "stats" / component / name, "r+")[region] = values
+            self._array(component, name)[region] = values
 
     def _name_nonfinite(self, component: str, layer_index: int, norms: NDArray[np.float32]) -> list[dict[str, Any]]:
         named = []
@@ -129,13 +139,16 @@ def commit_group(store: Path, directory: Path, combiner: Combiner, *, done: tupl
             parts.mark_done(directory / "parts", start=done[0], stop=done[1])
             if parts.unfinished(directory / "parts", plan.n_tokens):
                 return None
-            union = load_union(store)
+            seen = storage.numbered(store / "captures")
             if not plan.replace:
-                union.refuse_conflicts(plan.rollouts, plan.provenance, store=store)
+                load_union(store).refuse_conflicts(plan.rollouts, plan.provenance, store=store)
             _complete(directory, combiner)
             storage.sync_files(group)
-            used = [number for drop in load_drops(store) for number in drop.captures]
-            number = storage.publish(group, store / "captures", above=max(used, default=0))
+            with parts.changing(store):
+                if not plan.replace and storage.numbered(store / "captures") != seen:
+                    load_union(store).refuse_conflicts(plan.rollouts, plan.provenance, store=store)
+                used = [number for drop in load_drops(store) for number in drop.captures]
+                number = storage.publish(group, store / "captures", above=max(used, default=0))
             storage.discard(directory)
     except PlanError:
         if group.is_dir():
