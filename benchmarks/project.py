@@ -46,14 +46,9 @@ def fresh(path: Path) -> None:
         shutil.rmtree(result)
 
 
-def projecting(path: Path, given: list[Direction], **settings: Any) -> Callable[[], None]:
-    """Return a task that projects anew, results kept and read back."""
-
-    def run() -> None:
-        fresh(path)
-        project.scores(datastore.open(path), given, **settings)
-
-    return run
+def projecting(path: Path, given: list[Direction], **settings: Any) -> Callable[[], object]:
+    """Return a task that opens the store, projects, keeps the scores and reads them back."""
+    return lambda: project.scores(datastore.open(path), given, **settings)
 
 
 def multiply_all(values: NDArray[Any], matrix: NDArray[np.float32], tokens: int) -> None:
@@ -96,7 +91,7 @@ def bench_projection(root: Path, data: Data) -> list[Row]:
         "multiply": lambda: multiply_all(data.rows, matrix, decoder.tokens),
         "pt": lambda: project_pt(root / "pt", matrix),
     }
-    seconds = alternate(tasks, rounds=ROUNDS)
+    seconds = alternate(tasks, rounds=ROUNDS, before=lambda: fresh(path))
     rate = {name: data.layer_bytes / s / 1e9 for name, s in seconds.items()}
     parts = 1 / (1 / rate["decode"] + 1 / rate["multiply"])
     what = f"projection of {DIRECTIONS} directions on 1 layer"
@@ -112,17 +107,12 @@ def bench_growing(root: Path) -> Row:
     """Adding a direction to 22 that are computed, against computing 23."""
     path, given = root / "run.zarr", directions(DIRECTIONS + 1)
 
-    def added() -> None:
-        project.scores(datastore.open(path), given)
-
-    def computed() -> None:
-        fresh(path)
-        project.scores(datastore.open(path), given[:-1])
-
     seconds: list[dict[str, float]] = []
     for _ in range(ROUNDS):
-        computed()
-        grown = alternate({"added": added}, rounds=1)
+        fresh(path)
+        projecting(path, given[:-1])()
+        grown = alternate({"added": projecting(path, given)}, rounds=1)
+        fresh(path)
         seconds.append(grown | alternate({"anew": projecting(path, given)}, rounds=1))
     middle = {name: float(np.median([one[name] for one in seconds])) for name in ("added", "anew")}
     return _row(
@@ -134,9 +124,10 @@ def bench_distributed(root: Path, data: Data) -> Row:
     """Two dask processes, started before, against the in-process pool."""
     path, given = root / "run.zarr", directions(DIRECTIONS)
     with cluster_runner(workers=2) as runner:
+        fresh(path)
         projecting(path, given, runner=runner)()  # workers import on their first task
         tasks = {"dask": projecting(path, given, runner=runner), "pool": projecting(path, given)}
-        seconds = alternate(tasks, rounds=ROUNDS)
+        seconds = alternate(tasks, rounds=ROUNDS, before=lambda: fresh(path))
     rate = {name: data.layer_bytes / s / 1e9 for name, s in seconds.items()}
     return _row("dask.distributed, 2 processes", rate["dask"], "GB/s", "the in-process pool", rate["pool"], 0.5)
 
@@ -152,6 +143,7 @@ def bench_calibration(root: Path, data: Data) -> list[Row]:
             "one": projecting(path, directions(DIRECTIONS)),
         },
         rounds=ROUNDS - 2,
+        before=lambda: fresh(path),
     )
     rate = {name: data.layer_bytes / seconds[name] / 1e9 for name in ("pass", "one")}
     speed = {name: 1 / seconds[name] for name in ("kept", "pt")}

@@ -81,7 +81,7 @@ def sum_layers(job: Job, run: Runner) -> list[LayerSums]:
     selected = job.selected
     largest(np.zeros(selected.width), job.settings.top_k)  # a top_k that is none is said before any work
     found = {layer: LayerSums.empty(job) for layer in selected.layers}
-    tasks = [
+    tasks = [  # threads for the layers gain nothing: half of it is Python
         task
         for layer, into in found.items()
         for source in range(len(selected.sources))

@@ -141,6 +141,7 @@ class StoreRows:
         self._counts = self.table[["prompt", "response"]].to_numpy(np.int64)
         spec = store.cells.components[component]
         self.width, self.itemsize = spec.width, spec.itemsize
+        self._norms: tuple[list[int], xr.DataArray] | None = None  # lazy, of all layers
 
     def unkept(self, layer: int, rows: Sequence[int]) -> list[int]:
         """Return those of some rows of which nothing was kept by themselves."""
@@ -175,8 +176,10 @@ class StoreRows:
 
     def norms(self, layer: int, rows: Sequence[int]) -> NDArray[np.float32]:
         """Return the norms kept for the tokens of some rows, end to end."""
-        kept = self.store.norms(self.component, rollouts=[self.ids[row] for row in rows], layers=layer)
-        values: NDArray[np.float32] = kept.values
+        if self._norms is None or self._norms[0] != list(rows):
+            names = [self.ids[row] for row in rows]
+            self._norms = list(rows), self.store.norms(self.component, rollouts=names, layers=self.layers)
+        values: NDArray[np.float32] = self._norms[1][:, self.layers.index(layer)].values
         return values
 
     def map(self, work: Work[R], layer: int, rows: Sequence[int], *, memory: int) -> Iterator[tuple[int, R]]:

@@ -174,19 +174,32 @@ class Summing:
     def one(self, row: int, segment: int, moments: Moments) -> None:
         """Find a segment's alignment, and its rollout's peaks once all that counts in them is there."""
         if self.wanted[row, segment]:
-            found = moments.finalise()
-            self.into.alignment[self._at[row], segment] = mean_alignment(found["mean_unit"], found["mean"])
+            unit, mean = _directions(moments)
+            self.into.alignment[self._at[row], segment] = mean_alignment(unit, mean)
         if not self.aligned[row, segment]:
             return
         held = self._peaks.setdefault(row, [])
         held.append(moments)
         if len(held) == self.aligned[row].sum():
             del self._peaks[row]
-            total, settings = sum(held[1:], start=held[0]).finalise(), self.settings
-            peaks, means = total["max_abs"], total["mean_abs"]
+            peaks, means = _magnitudes(sum(held[1:], start=held[0]))
+            settings = self.settings
             ranked = peak_dims(peaks, means, top_k=settings.top_k, threshold=settings.threshold)
             for name in ("dims", "peak", "mean_abs", "ratio", "massive"):
                 getattr(self.into, name)[self._at[row]] = getattr(ranked, name)
+
+
+def _directions(moments: Moments) -> tuple[Floats, Floats]:
+    """Means of h/|h| and of h, as `Moments.finalise` has them, without its other results."""
+    with np.errstate(all="ignore"):
+        return moments.sum_unit / (moments.count + moments.nonfinite), moments.sum / moments.count
+
+
+def _magnitudes(moments: Moments) -> tuple[Floats, Floats]:
+    """max|h| and mean|h|, as `Moments.finalise` has them."""
+    with np.errstate(all="ignore"):
+        peaks = np.where(moments.count > 0, moments.max_abs.astype(np.float64), np.nan)
+        return peaks, moments.sum_abs / moments.count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +230,7 @@ class SumTask:
                 continue
             summing.one(one.row, one.segment, one.moments)
             if one.crossing:
-                into.means[one.row, one.segment] = one.moments.finalise()["mean"]
+                into.means[one.row, one.segment] = _directions(one.moments)[1]
             if one.row in self.pooled:
                 summing.pool(one.row, one.segment, one.moments)
             if one.row in self.normed and summing.pooled[one.row, one.segment]:
@@ -254,7 +267,7 @@ class LookTask:
         found = Details.empty(Columns(self.dims, memory=memory // 8))
         kept = source.kept(self.layer, self.rows)
         means: dict[Key, Floats] = {
-            (row, segment): moments.finalise()["mean"] for row, segment, moments in kept.by_row if wanted[row, segment]
+            (row, segment): _directions(moments)[1] for row, segment, moments in kept.by_row if wanted[row, segment]
         }
         flags: dict[str, Any] = {"wanted": wanted, "pooled": selected.pooled[here]}
         means |= self.means

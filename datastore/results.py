@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,9 @@ def publish_result(store: Path, kind: str, dataset: "xr.Dataset", *, attrs: Mapp
         storage.remove(aside)
 
 
-def read_results(store: Path, kind: str, *, numbers: Iterable[int] | None = None) -> "list[tuple[int, xr.Dataset]]":
+def read_results(
+    store: Path, kind: str, *, numbers: Iterable[int] | None = None, only: Collection[str] | None = None
+) -> "list[tuple[int, xr.Dataset]]":
     """Read the results of a kind, whole, ascending by number.
 
     Parameters
@@ -78,6 +80,8 @@ def read_results(store: Path, kind: str, *, numbers: Iterable[int] | None = None
     kind : str
     numbers : iterable of int, optional
         Only these; those that are not there are left out.
+    only : collection of str, optional
+        Variables to read; default all.
 
     Raises
     ------
@@ -87,7 +91,7 @@ def read_results(store: Path, kind: str, *, numbers: Iterable[int] | None = None
     storage.open_root(store)
     wanted = None if numbers is None else set(numbers)
     there = [n for n in storage.numbered(store / kind) if wanted is None or n in wanted]
-    return [(number, _read(store / kind / f"{number:04d}")) for number in there]
+    return [(number, _read(store / kind / f"{number:04d}", only)) for number in there]
 
 
 def create_sibling(path: Path, store: Path) -> None:
@@ -141,7 +145,7 @@ def _write(aside: Path, dataset: "xr.Dataset", attrs: dict[str, Any]) -> None:
     storage.consolidate(aside)
 
 
-def _read(path: Path) -> "xr.Dataset":
+def _read(path: Path, only: Collection[str] | None) -> "xr.Dataset":
     import xarray as xr  # results are asked for seldom, and xarray takes half a second
 
     attrs = storage.attributes(path)
@@ -151,7 +155,7 @@ def _read(path: Path) -> "xr.Dataset":
     lost = sorted(set(known) - set(members))
     if lost:
         raise CorruptError(f"{path} lacks {', '.join(lost)}; what it holds is lost, compute it again")
-    variables = {name: _variable(path / name) for name in members}
+    variables = {name: _variable(path / name) for name in members if only is None or name in only}
     dataset = xr.Dataset(variables, attrs=attrs)
     return dataset.set_coords([name for name in coordinates if name in variables])
 

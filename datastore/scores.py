@@ -20,10 +20,12 @@ from xarray.core import indexing
 from datastore import storage
 from datastore.axis import Axis
 from datastore.cells import Cells
+from datastore.codec import encode
 from datastore.errors import AbsentError
 from datastore.index import RolloutIndex
 from datastore.layout import Ragged
 from datastore.lazy import COORDINATES, TokenArray
+from datastore.schema import Codec
 
 __all__ = [
     "CHUNK",
@@ -35,6 +37,7 @@ __all__ = [
     "known_columns",
     "load_results",
     "read_scores",
+    "write_columns",
 ]
 
 CHUNK = 8192
@@ -189,6 +192,29 @@ def create_result(
             chunks=(CHUNK, max(1, len(mine))),
             dims=("token", "direction" if kind == "score" else f"{kind}_column"),
         )
+
+
+def write_columns(path: Path, kind: str, values: NDArray[np.float32], *, start: int) -> None:
+    """Write whole chunks of a result's columns of one kind, without zarr-python, whose event loop takes longer.
+
+    Parameters
+    ----------
+    path : Path
+        The result.
+    kind : str
+    values : float32 array of shape (tokens, columns)
+        All columns; whole chunks, but for the last of the result.
+    start : int
+        The first token, where a chunk begins.
+    """
+    size = int(storage.array_metadata(path / kind)["chunk_grid"]["configuration"]["chunk_shape"][0])
+    for at in range(0, len(values), size):
+        chunk = values[at : at + size]
+        if len(chunk) < size:
+            chunk = np.concatenate([chunk, np.full((size - len(chunk), values.shape[1]), np.nan, np.float32)])
+        file = storage.chunk_file(path / kind, ((start + at) // size, 0))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(file, encode(chunk, Codec()))
 
 
 def _text(path: Path, values: Sequence[str], dim: str) -> None:
@@ -391,9 +417,9 @@ class _Found:
         if not pairs or not rows:
             return
         source, target = [a for a, _ in pairs], [b for _, b in pairs]
-        array = storage.zarr_array(result.path / kind)
+        every = slice(0, len(result.columns[kind]))
         for first, last in result.ragged.tokens_of(rows):
-            values = np.asarray(array[first:last])[:, source]
+            values = storage.read_region(result.path / kind, (slice(first, last), every))[:, source]
             for piece in result.ragged.pieces(first, last):
                 at = starts[result.rollout_ids[piece.row]] + piece.start - result.ragged.range(piece.row)[0]
                 out[at : at + piece.stop - piece.start, target] = values[piece.start - first : piece.stop - first]
@@ -401,14 +427,17 @@ class _Found:
     def units(self, dims: Sequence[Column], wanted: Sequence[Column]) -> NDArray[np.float32]:
         """Unit vectors at the dimensions, shape (dims, directions)."""
         out = np.zeros((len(dims), len(wanted)), np.float32)
+        read: dict[tuple[int, str], NDArray[np.float32]] = {}
         for j, column in enumerate(wanted):
             mine = [i for i, dim in enumerate(dims) if dim.place == column.place]
             if not mine:
                 continue
             result = next(r for r in reversed(self._results) if column in r.columns["score"])
             same = [c for c in result.columns["score"] if c.place.component == column.place.component]
-            vector = result.vectors(column.place.component)[same.index(column)]
-            out[mine, j] = vector[[int(dims[i].key) for i in mine]]
+            key = (result.number, column.place.component)
+            if key not in read:
+                read[key] = result.vectors(column.place.component)
+            out[mine, j] = read[key][same.index(column)][[int(dims[i].key) for i in mine]]
         return out
 
     def token_coords(self, names: Sequence[str]) -> xr.Coordinates:

@@ -31,7 +31,7 @@ def top_dims(store: Store, component: str, *, out: str | Path | None = None) -> 
         for number in reversed(numbered(path / "calibration")):
             if attributes(path / "calibration" / f"{number:04d}").get("component") != component:
                 continue
-            ((_, found),) = read_results(path, "calibration", numbers=[number])
+            ((_, found),) = read_results(path, "calibration", numbers=[number], only=("layer", "top_dims"))
             rows = zip(found["layer"].values, np.atleast_2d(found["top_dims"].values), strict=True)
             return {int(layer): tuple(int(dim) for dim in dims if dim >= 0) for layer, dims in rows}
     return {}

@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from xarray.core import indexing
 
-from datastore import storage
 from datastore.axis import Axis
 from datastore.cells import Cells
 from datastore.dtype import upcast
 from datastore.lazy import NormArray, Reads, RolloutSource, chunk_reads, sources
-from datastore.scores import Place
+from datastore.scores import Place, write_columns
 from datastore.stream import Block, map_blocks
 from project.scoring import one_blas_thread, score_block, scratch_for, token_norms
 from project.tasks import Job, Task
@@ -106,8 +105,6 @@ class _Kernel:
             for kind in ("score", "norm", "dim")
         }
         self.spans = {kind: {at: _span(mine) for at, mine in found.items()} for kind, found in self.columns.items()}
-        wanted = [kind for kind in self.columns if job.group.of(kind)]
-        self.arrays = {kind: storage.zarr_array(Path(job.path) / kind, mode="r+") for kind in wanted}
         dims = self.group.of("dim")
         self.dims = {place: [int(dims[j].key) for j in self.columns["dim"][place]] for place in job.group.places}
         self.without_norms = {c.number for c in job.cells.captures if c.attrs.get("statistics", "none") == "none"}
@@ -162,8 +159,9 @@ class _Kernel:
 
     def write(self, task: Task, out: dict[str, Float32]) -> None:
         """Write the task's whole chunks of every array that has columns."""
-        for kind, array in self.arrays.items():
-            array[task.start : task.stop] = out[kind]
+        for kind, values in out.items():
+            if values.shape[1]:
+                write_columns(Path(self.job.path), kind, values, start=task.start)
 
 
 def _span(columns: list[int]) -> list[int] | slice:
