@@ -85,11 +85,13 @@ def vectors_file(root: Path) -> Path:
 
 
 def timed(what: str, gigabytes: float, work: Callable[[], int]) -> dict[str, object]:
-    """Run a command; return its rate, peak memory of all its processes, and seconds."""
-    began = time.perf_counter()
+    """Run a command; return its rate, peak memory of all its processes, seconds, and seconds of a core."""
+    began, before = time.perf_counter(), os.times()
     peak = work()
-    seconds = time.perf_counter() - began
-    return {"what": what, "GB": gigabytes, "GB/s": gigabytes / seconds, "peak_GB": peak / 1e9, "seconds": seconds}
+    seconds, after = time.perf_counter() - began, os.times()
+    cores = after.children_user + after.children_system - before.children_user - before.children_system
+    rates = {"GB/s": gigabytes / seconds, "GB per core second": gigabytes / cores}
+    return {"what": what, "GB": gigabytes, **rates, "peak_GB": peak / 1e9, "seconds": seconds, "core seconds": cores}
 
 
 def main() -> None:
