@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from datastore import layout, query, storage
+from datastore import layout, parts, query, storage
 from datastore.errors import DatastoreError
 from datastore.gc import collect, plan_collection
 from datastore.planning import form_batches, form_chunks
@@ -119,8 +119,9 @@ def compact(compaction: Compaction, *, tick: Callable[[int, int], object] = lamb
                     for name, start, rows in _rows(opened, spec.name, layer, plan=plan):
                         writer.put(spec.name, layer, name, rows, start=start)
                         wrote(len(rows))
-            _refuse_change(store, seen)
-            number = writer.commit()
+            with parts.changing(store):  # a drop or a replacement in between would be undone by the new capture
+                _refuse_change(store, seen)
+                number = writer.commit()
             assert number is not None
             numbers.append(number)
             seen = ((*seen[0], number), seen[1])

@@ -7,6 +7,7 @@ capture go with it; those added later stay.
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,26 +80,41 @@ def collect(collection: Collection) -> None:
     ReadOnlyError
         Something can't be deleted.
     """
-    for one in collection.removals:
-        with storage.writable(collection.store):
-            if one.path.parent == plans_directory(collection.store) and (one.path / "group").is_dir():
-                _remove_unfinished(one.path)
-            elif one.path.is_dir() and not one.path.name.endswith(".partial"):
-                storage.discard(one.path)
-            elif one.path.is_dir():
-                storage.remove(one.path)
-            else:
-                one.path.unlink(missing_ok=True)
+    store = collection.store
+    with storage.writable(store):
+        for aside in _put_away(store, {one.path for one in collection.removals}):
+            storage.remove(aside)
+        for one in collection.removals:
+            _remove(store, one.path)
+        with suppress(OSError):
+            plans_directory(store).rmdir()  # where no plan waits
+
+
+def _put_away(store: Path, named: set[Path]) -> list[Path]:
+    """Take captures out of the store that were planned to go and, looked at again, still count for nothing."""
+    if not any(path.parent == store / "captures" for path in named):
+        return []
+    with parts.changing(store):
+        return [storage.put_away(path) for path, _ in _captures(store, None) if path in named]
+
+
+def _remove(store: Path, path: Path) -> None:
+    if path.name.endswith(".partial") and path.is_dir():
+        storage.remove(path)
+    elif path.name.endswith(".partial"):
+        path.unlink(missing_ok=True)
+    elif path.parent == plans_directory(store) and (path / "group").is_dir():
+        _remove_unfinished(path)
+    elif path.parent == plans_directory(store):
+        storage.discard(path)
 
 
 def _captures(store: Path, only: frozenset[int] | None) -> Iterator[tuple[Path, str]]:
     union = load_union(store)
-    dropped = gone(union.drops)
+    known = gone(union.drops) | {capture.number for capture in union.captures}  # what is committed later is not in it
     for number in storage.numbered(store / "captures"):
-        if number not in union.counting and (only is None or number in only):
-            known = number in dropped or number in {capture.number for capture in union.captures}
-            if known:  # else it was committed after the look at the store
-                yield store / "captures" / f"{number:04d}", "nothing of it counts any more"
+        if number in known - union.counting and (only is None or number in only):
+            yield store / "captures" / f"{number:04d}", "nothing of it counts any more"
 
 
 def _leftovers(store: Path, older_than: float) -> Iterator[tuple[Path, str]]:

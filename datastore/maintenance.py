@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from datastore import storage
+from datastore import parts, storage
 from datastore.errors import AbsentError, MisuseError
 from datastore.union import Drop, load_union
 
@@ -102,7 +102,8 @@ def commit_drops(store: Path, drops: Sequence[Drop], *, reason: str) -> int:
                 },
             )
             storage.sync_files(aside)
-            return storage.publish(aside, store / "dropped")
+            with parts.changing(store):
+                return storage.publish(aside, store / "dropped")
     finally:
         storage.remove(aside)
 

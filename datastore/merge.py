@@ -133,7 +133,7 @@ def merge(plan: Merge) -> None:
     """
     aside = plan.out.with_name(f"{plan.out.name}.{uuid.uuid4().hex}.partial")
     try:
-        with storage.writable(plan.out):
+        with storage.writable(plan.out), storage.enough_room(plan.out, plan.n_bytes):
             plan.out.parent.mkdir(parents=True, exist_ok=True)
             storage.create_group(aside, {"format": FORMAT, "version": FORMAT_VERSION})
             for kind in storage.ROOT_GROUPS:

@@ -1,4 +1,4 @@
-"""Who fills which part of a plan: advisory records of living processes, and records of parts that are done.
+"""Who fills which part of a plan, and who changes the store: locks, records of living processes and of parts done.
 
 A record says host, boot, process and token range. It protects only against the mistake of starting the same part twice;
 correctness never depends on it, because chunks are written whole and hold the same bits whoever writes them.
@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from datastore.errors import BusyError, PlanError
 from datastore.storage import write_atomic
 
-__all__ = ["Holder", "acquire", "living", "locked", "mark_done", "release", "reopen", "unfinished"]
+__all__ = ["Holder", "acquire", "changing", "living", "locked", "mark_done", "release", "reopen", "unfinished"]
 
 
 class Holder(BaseModel):
@@ -80,6 +81,33 @@ def locked(directory: Path) -> Iterator[None]:
         if not (directory.parent / "group").is_dir():
             raise _gone(directory)
         yield
+
+
+_changed: ContextVar[frozenset[Path]] = ContextVar("_changed", default=frozenset())
+
+
+@contextmanager
+def changing(store: Path) -> Iterator[None]:
+    """Hold the store's exclusive lock, so that nothing comes between a look at it and the rename that changes it.
+
+    The lock is on the store's directory itself, and the system releases it when the process dies. Where the file system
+    knows no such lock it is left out. Inside itself it does nothing.
+    """
+    path = store.resolve()
+    if path in _changed.get():
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        mine = _changed.set(_changed.get() | {path})
+        try:
+            yield
+        finally:
+            _changed.reset(mine)
+    finally:
+        os.close(descriptor)
 
 
 def _gone(directory: Path) -> PlanError:

@@ -390,7 +390,7 @@ def _refuse_committed(store: Path, plan: Plan) -> None:
 def _build(directory: Path, plan: Plan) -> None:
     aside = directory.with_name(f"{plan.key}.{uuid.uuid4().hex}.partial")
     try:
-        aside.mkdir()
+        aside.mkdir(parents=True)  # whoever finished the last plan may have removed their directory
         record = PlanFile.of(plan)
         build_group(aside / "group", plan, created=record.created)
         storage.write_atomic(aside / "plan.json", record.model_dump_json().encode())

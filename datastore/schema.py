@@ -414,6 +414,15 @@ class Plan:
         return sum(self.n_tokens * len(self.layers) * c.width * c.itemsize for c in self.components)
 
     @property
+    def table_bytes(self) -> int:
+        """Bytes of coordinates, table and statistics before compression, about: what a commit still writes."""
+        rows = len(self.rollouts) if self.stats_level == "rollout" else 1
+        sums = rows * len(SEGMENTS) * len(STATISTICS) * 8 * sum(c.width for c in self.components)
+        norms = 4 * self.n_tokens * len(self.components)
+        kept = (sums + norms) * len(self.layers) if self.statistics else 0
+        return kept + 32 * self.n_tokens + 1024 * len(self.rollouts) + (1 << 16)
+
+    @property
     def stats_level(self) -> Literal["rollout", "capture"]:
         """Keep statistics per rollout where that costs at most `STATS_SHARE` of the raw data, else per capture."""
         segments = sum(1 + (0 < r.prompt_end < r.n_tokens) for r in self.rollouts)
