@@ -1,0 +1,86 @@
+"""A server's life with the users' own lines: killed in the middle, ended in the middle, begun again, a whole store."""
+
+import signal
+import socket
+from pathlib import Path
+
+import psutil
+
+from tests import kimi
+from tests.capture import cli, served, stored
+from tests.capture.cli import Command, command
+from tests.capture.served import Server
+
+__all__ = ["command"]
+
+LAYERS = "10,15,20,25,30,35,40,45,50"
+
+
+def in_the_middle(server: Server, task_id: str) -> None:
+    """Wait until a capture has stored some rollouts, not all."""
+    server.wait(lambda: server.client.status(task_id).progress.raw_bytes > 0)
+    assert server.client.status(task_id).status == "running"
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=30)[1]
+
+
+def can_listen(port: int) -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        return True
+
+
+def test_the_users_lines_make_a_whole_store_however_the_server_ends(command: Command, tmp_path: Path) -> None:
+    root = tmp_path / "experiments"
+    model = kimi.save_kimi(tmp_path / "kimi", num_hidden_layers=61)
+    tree = served.make_tree(root, model)
+    store = tree / "inference" / "kimi_k2" / f"{served.PROMPT_SET}.zarr"
+
+    first = Server(model, root, "--chunk-tokens", 128)
+    assert first.type(served.HEALTH_LINE) == {"status": "ok", "model": str(model), "loaded": False, "active_evals": 0}
+    answer = first.type(served.CAPTURE_LINE)  # before the model is there: it waits
+    assert answer["status"] == "starting"
+    assert (answer["prompt_set"], answer["layers"], answer["n_prompt_ids"]) == (served.PROMPT_SET, LAYERS, 22)
+    assert answer["store"] == str(store)
+    in_the_middle(first, answer["task_id"])
+    assert first.type(served.HEALTH_LINE)["loaded"] is True
+    assert all(word in first.log for word in ("Fused", "ready"))
+    children, port = first.children(), first.port
+    assert children
+    first.end(signal.SIGKILL)
+    assert gone(children), "the process with the model does not outlive the server"
+    finished = {file: file.stat().st_mtime_ns for file in cli.chunks(store)}
+    assert finished
+    assert stored.captures(store) == []
+
+    second = Server(model, root, "--chunk-tokens", 128, port=port)
+    killed = second.type(served.STATUS_LINE.format(task_id=answer["task_id"]))
+    assert killed["status"] == "interrupted"
+    assert "send the same request again to go on" in killed["error"]
+    again = second.type(served.CAPTURE_LINE)
+    assert second.client.status(again["task_id"]).resumes == answer["task_id"]
+    before = second.client.status(answer["task_id"]).elapsed
+    second.wait(lambda: second.client.status(again["task_id"]).progress.rollouts > len(finished) // 9)
+    assert second.client.status(answer["task_id"]).elapsed == before, "the clock of what has ended stands still"
+    children = second.children()
+    assert second.end(signal.SIGTERM) == 0
+    assert gone(children)
+    assert can_listen(port)
+    assert "ERROR" not in second.log
+    assert stored.captures(store) == []
+    assert all(file.stat().st_mtime_ns == at for file, at in finished.items()), "a finished chunk is not written again"
+
+    third = Server(model, root, "--chunk-tokens", 128, port=port)
+    assert third.type(served.STATUS_LINE.format(task_id=again["task_id"]))["status"] == "interrupted"
+    last = third.client.wait(third.type(served.CAPTURE_LINE)["task_id"])
+    assert (last.status, last.captures, last.progress.rollouts, last.progress.of) == ("completed", [1], 22, 22)
+    assert third.end(signal.SIGINT) == 0
+
+    alone = tmp_path / "alone.zarr"
+    words = ("--layers", LAYERS, "--ids", ",".join(served.IDS), "--chunk-tokens", 128, "--batch-tokens", 256)
+    told = command("--experiment", tree, "--prompt-set", served.PROMPT_SET, "--store", alone, *words)
+    assert told.code == 0, told.err
+    assert cli.contents(store) == cli.contents(alone)
