@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = console.CommandGroup(
-    help="Capture a model's activations over rollouts into a store. Without options but --store: a small bundled model "
-    "over bundled conversations.",
+    help="Capture a model's activations over rollouts into a store. Without options but --store: a tiny model "
+    "over rollouts of a game that it plays.",
     default="capture",
 )
 

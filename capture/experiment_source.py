@@ -75,5 +75,5 @@ def read_tree(
             "it into the model (peft's merge_and_unload) and name the merged directory with --model"
         )
     return TreeSource(
-        store=store or tree.default_store(prompt_set, name), model=model or chosen.model, transcripts=transcripts
+        store=store or tree.default_store(prompt_set, name), model=model or tree.model(name), transcripts=transcripts
     )

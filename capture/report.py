@@ -13,6 +13,10 @@ from datastore.schema import Plan
 
 __all__ = ["report_done", "report_plans"]
 
+WRITING = 0.45e9
+"""Raw bytes a second that two cores of the machine of docs/LOG.md compressed, counted and wrote; a model on a CPU is
+slower than that, so it bounds the time from below."""
+
 
 def report_plans(request: Request, plans: Sequence[Plan], *, memory: int, hashed: bool, as_json: bool) -> None:
     """Say what would be captured.
@@ -41,7 +45,8 @@ def report_plans(request: Request, plans: Sequence[Plan], *, memory: int, hashed
             f"{', '.join(one['components'])} of {request.info.model_id}: {one['batches']} batches of up to "
             f"{one['batch_tokens']:,} padded tokens, {one['chunks']:,} chunks, {console.human_bytes(one['raw_bytes'])} "
             f"raw, about {console.human_bytes(one['expected_bytes'])} on disk "
-            f"({console.human_bytes(report['free_bytes'])} free), {console.human_bytes(memory)} of memory for writing"
+            f"({console.human_bytes(report['free_bytes'])} free), {console.human_bytes(memory)} of memory for writing, "
+            f"{_duration(one['write_seconds'])} to write at {WRITING / 1e9:.2f} GB/s, beside the model's own time"
         )
     if plans and not hashed:
         print("the weights were not read, so that the plan's key is not known yet")
@@ -60,7 +65,15 @@ def _plan(plan: Plan, *, memory: int, hashed: bool) -> dict[str, Any]:
         "raw_bytes": plan.raw_bytes,
         "expected_bytes": expected_bytes(plan),
         "memory": memory,
+        "write_bytes_per_second": WRITING,
+        "write_seconds": plan.raw_bytes / WRITING,
     }
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min"
 
 
 def report_done(request: Request, done: Done, *, skipped: int, as_json: bool) -> None:

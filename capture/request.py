@@ -13,11 +13,11 @@ import datastore
 import experiments
 from capture import loading
 from capture.batching import auto_batch_tokens
-from capture.bundled import MODEL, ROLLOUTS
 from capture.components import ComponentTable, describe_components
+from capture.default import default_ids, default_model, default_transcripts
 from capture.errors import RequestError
 from capture.layerspec import parse_layers
-from capture.loading import ModelInfo
+from capture.modelinfo import ModelInfo
 from capture.tokenbytes import token_bytes
 from capture.tokens import Rendered, render
 from datastore import console
@@ -104,7 +104,7 @@ def read_request(
     ----------
     store : Path
     model, inputs
-        The bundled ones where None; a model may be described and inputs, else paths, may be read already.
+        The default ones where None; a model may be described and inputs, else paths, may be read already.
     layers : str
         A layer spec.
     components : sequence of str
@@ -119,7 +119,9 @@ def read_request(
     info = (
         model
         if isinstance(model, ModelInfo)
-        else loading.describe(model or MODEL, revision=revision, trust_remote_code=settings.trust_remote_code)
+        else loading.describe(
+            model or default_model(), revision=revision, trust_remote_code=settings.trust_remote_code
+        )
     )
     numbers = parse_layers(layers, info.n_layers)
     table = describe_components(
@@ -129,8 +131,10 @@ def read_request(
         trust_remote_code=settings.trust_remote_code,
     )
     table.specs(components, numbers)
-    paths = [one for one in inputs or [str(ROLLOUTS)] if isinstance(one, str)]
-    transcripts = experiments.read(paths) if paths else [one for one in inputs or () if isinstance(one, Transcript)]
+    if not inputs:
+        inputs, choice = _default_rollouts(model, choice)
+    paths = [one for one in inputs if isinstance(one, str)]
+    transcripts = experiments.read(paths) if paths else [one for one in inputs if isinstance(one, Transcript)]
     return Request(
         store=store,
         info=info,
@@ -140,6 +144,17 @@ def read_request(
         components=tuple(components),
         settings=settings,
     )
+
+
+def _default_rollouts(model: object, choice: Choice) -> tuple[Sequence[Transcript], Choice]:
+    """All rollouts of the default tree, of which some are chosen unless others are asked for."""
+    if model is not None:
+        raise RequestError(
+            "--model names a model and no --input names transcripts; the default rollouts are token ids of the default "
+            "model's tokenizer, so give --input, or leave --model out"
+        )
+    narrowed = replace(choice, ids=default_ids()) if choice.ids is None and choice.where is None else choice
+    return default_transcripts(), narrowed
 
 
 def _chosen(

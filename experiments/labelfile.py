@@ -40,9 +40,9 @@ class Labels:
 def read_labels(path: str | Path) -> Labels:
     """Read labels or annotations, the form told by the content.
 
-    CSV: a column `rollout_id` (or `id`), each other column a label, its type that of all its values; an empty cell is
-    no value. JSON or JSON lines: objects with `rollout_id` (or `id`), or one object of id to labels; audit
-    classifications; annotations in either of their two forms.
+    CSV: a column `rollout_id` (or `id`, or `file`, as in `71.json`), each other column a label, its type that of all
+    its values; an empty cell is no value. JSON or JSON lines: objects with `rollout_id` (or `id`), or one object of id
+    to labels; audit classifications; annotations in either of their two forms.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def _csv(path: Path) -> dict[str, dict[str, LabelValue]]:
     except csv.Error as error:
         raise ExperimentError(f"{path} is no valid CSV: {error}") from None
     header = [name.strip() for name in rows[0]] if rows else []
-    key = next((name for name in ID_NAMES if name in header), None)
+    key = next((name for name in (*ID_NAMES, "file") if name in header), None)
     if key is None or len(set(header)) < len(header) or "" in header:
         raise ExperimentError(
             f"{path} needs a header with a column rollout_id and a name for each other one; it has "
@@ -123,10 +123,15 @@ def _csv(path: Path) -> dict[str, dict[str, LabelValue]]:
     columns = {name: _typed([row[i] for _, row in body]) for i, name in enumerate(header) if name != key}
     at = header.index(key)
     records: list[tuple[Any, int]] = [
-        ({"rollout_id": row[at].strip() or None, **{name: values[i] for name, values in columns.items()}}, number)
+        ({"rollout_id": _named(row[at], key) or None, **{name: values[i] for name, values in columns.items()}}, number)
         for i, (number, row) in enumerate(body)
     ]
     return _records(records, path)
+
+
+def _named(cell: str, column: str) -> str:
+    """A column of response files names rollouts by the files' stems."""
+    return cell.strip().removesuffix(".json") if column == "file" else cell.strip()
 
 
 def _typed(cells: list[str]) -> list[LabelValue | None]:

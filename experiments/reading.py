@@ -14,7 +14,7 @@ from experiments.transcript import Transcript
 
 __all__ = ["natural_key", "read", "read_tags"]
 
-_SUFFIXES = (".json", ".jsonl")
+SUFFIXES = (".json", ".jsonl")
 
 
 def read(paths: str | Path | Sequence[str | Path], *, max_bytes: int = MAX_BYTES) -> list[Transcript]:
@@ -89,7 +89,7 @@ def is_sidecar(path: Path) -> bool:
 def _files(path: str | Path) -> list[Path]:
     named = Path(path)
     if named.is_dir():
-        files = [p for p in named.iterdir() if p.suffix in _SUFFIXES and p.is_file() and not is_sidecar(p)]
+        files = [p for p in named.iterdir() if p.suffix in SUFFIXES and p.is_file() and not is_sidecar(p)]
         if not files:
             raise ExperimentError(f"{named} holds no .json or .jsonl file of transcripts (looked not below it)")
     elif named.exists():

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from experiments.errors import ExperimentError
 from experiments.jsonfile import MAX_BYTES, load_json
-from experiments.reading import is_sidecar, joined, natural_key, read, unique
+from experiments.reading import SUFFIXES, is_sidecar, joined, natural_key, read, unique
 from experiments.transcript import Transcript, sentence
 
 __all__ = ["Experiment", "Variant", "read_classifications"]
@@ -95,6 +95,12 @@ class Experiment:
             )
         return chosen
 
+    def model(self, variant: str) -> str:
+        """Return a variant's model: the Hub's name, or its directory where the tree itself has one of that name."""
+        named = self.variants[variant].model
+        inside = self.root / named
+        return str(inside) if (inside / "config.json").is_file() else named
+
     def responses_dir(self, prompt_set: str, variant: str) -> Path:
         """Directory of a variant's responses to a prompt set, which may be nested (`rm_syco/train_100`)."""
         return self.root / "inference" / _inside(variant) / "responses" / _inside(prompt_set)
@@ -106,7 +112,7 @@ class Experiment:
     def prompt_sets(self, variant: str) -> list[str]:
         """List the prompt sets that hold responses of a variant, nested ones as `a/b`."""
         top = self.root / "inference" / _inside(variant) / "responses"
-        files = [p for p in top.rglob("*.json") if not is_sidecar(p)] if top.is_dir() else []
+        files = [p for p in top.rglob("*.json*") if p.suffix in SUFFIXES and not is_sidecar(p)] if top.is_dir() else []
         return sorted({p.parent.relative_to(top).as_posix() for p in files} - {"."}, key=natural_key)
 
     def transcripts(

@@ -34,17 +34,18 @@ Command = Callable[..., Result]
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """Run `python -m capture` with these words in this process."""
+    return lambda *words: run(capsys, *words)
 
-    def run(*words: object) -> Result:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            console.run(app, [str(word) for word in words])
-        out, err = capsys.readouterr()
-        code = left.value.code
-        assert isinstance(code, int)
-        return Result(code, out, err)
 
-    return run
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> Result:
+    """Run `python -m capture` with these words in this process."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        console.run(app, [str(word) for word in words])
+    out, err = capsys.readouterr()
+    code = left.value.code
+    assert isinstance(code, int)
+    return Result(code, out, err)
 
 
 def start(*words: object) -> subprocess.Popen[str]:

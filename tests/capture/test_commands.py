@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from capture.bundled import MODEL, ROLLOUTS
 from capture.report import ranges
 from tests.capture import stored
-from tests.capture.cli import Command, command
+from tests.capture.cli import Command
+from tests.capture.stories import MODEL, ROLLOUTS, command
 
 __all__ = ["command"]
 
@@ -39,7 +39,7 @@ def write(path: Path, *records: dict[str, Any]) -> Path:
 # -- what it does ------------------------------------------------------------------------------------------------------
 
 
-def test_the_store_alone_is_enough(command: Command, store: Path) -> None:
+def test_without_a_choice_all_of_it_is_captured(command: Command, store: Path) -> None:
     result = command("--store", store)
     assert result.code == 0
     assert result.out.startswith("captured 8 rollouts, 3,383 tokens, layers 0-4 of residual from stories260K in ")
@@ -197,7 +197,7 @@ def test_layer_numbers_are_written_short() -> None:
 
 @pytest.fixture
 def poisoned(tmp_path: Path) -> Path:
-    """The bundled model with NaN in the embedding of one token."""
+    """The small model with NaN in the embedding of one token."""
     directory = shutil.copytree(MODEL, tmp_path / "poisoned")
     weights = load_file(directory / "model.safetensors")
     name = next(name for name in weights if "embed_tokens" in name)

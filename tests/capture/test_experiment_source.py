@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import datastore
-from capture.bundled import MODEL
 from tests.capture.cli import Command, command
+from tests.capture.stories import MODEL
 
 __all__ = ["command"]
 

@@ -1,11 +1,12 @@
-"""Real captures of the bundled model, killed with SIGKILL at random instants: the store is that of one never killed."""
+"""Real captures of a small model, killed with SIGKILL at random instants: the store is that of one never killed."""
 
 import random
 import time
 from pathlib import Path
 
 from tests.capture import cli, stored
-from tests.capture.cli import Command, command
+from tests.capture.cli import Command
+from tests.capture.stories import command, worded
 
 __all__ = ["command"]
 
@@ -20,7 +21,7 @@ def test_killed_again_and_again_it_ends_byte_identical(command: Command, tmp_pat
     seconds = time.monotonic() - began
     found: list[int] = []
     for _ in range(KILLS):
-        process = cli.start("--store", store, *WORDS)
+        process = cli.start(*worded("--store", store, *WORDS))
         before = len(found) and found[-1]
         cli.wait_for(lambda before=before: len(cli.chunks(store)) > before, process)  # type: ignore[misc]
         time.sleep(rng.uniform(0, seconds / (KILLS + 2)))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.capture import cli, stored
-from tests.capture.cli import Command, command
+from tests.capture.cli import Command
+from tests.capture.stories import command, worded
 
 __all__ = ["command"]
 
@@ -29,7 +30,7 @@ def test_parts_side_by_side_make_the_store_that_one_process_makes(
     command: Command, store: Path, tmp_path: Path
 ) -> None:
     words = ("--chunk-tokens", 64, "--batch-tokens", 1024)
-    processes = [cli.start("--store", store, *words, "--part", f"{i}/2") for i in (1, 2)]
+    processes = [cli.start(*worded("--store", store, *words, "--part", f"{i}/2")) for i in (1, 2)]
     results = [finished(process) for process in processes]
     assert [result.code for result in results] == [0, 0], results
     assert sum("this part is done" in result.out for result in results) <= 1
@@ -41,7 +42,7 @@ def test_two_different_captures_of_one_store_at_once_both_succeed(
     command: Command, store: Path, tmp_path: Path
 ) -> None:
     choices = (("--ids", "1-0,2-0", "--layers", "0-2"), ("--ids", "5-1,6-1", "--layers", "1-4"))
-    processes = [cli.start("--store", store, *words) for words in choices]
+    processes = [cli.start(*worded("--store", store, *words)) for words in choices]
     results = [finished(process) for process in processes]
     assert [result.code for result in results] == [0, 0], results
     assert stored.captures(store) == [1, 2]
@@ -54,7 +55,7 @@ def test_two_different_captures_of_one_store_at_once_both_succeed(
 def test_the_same_part_twice_is_refused_and_ctrl_c_leaves_what_is_finished(
     command: Command, store: Path, tmp_path: Path
 ) -> None:
-    process = cli.start("--store", store, *LONG)
+    process = cli.start(*worded("--store", store, *LONG))
     cli.wait_for(lambda: len(cli.chunks(store)) > 10, process)
     second = command("--store", store, *LONG)
     assert second.code == 1

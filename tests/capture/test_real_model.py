@@ -1,4 +1,4 @@
-"""The bundled real model from its directory: bits against transformers itself, and texts that others got from it."""
+"""A small real model from its directory: bits against transformers itself, and texts that others got from it."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from capture.bundled import MODEL
 from capture.components import find_components
 from capture.forward import run_batch
 from capture.loading import Loaded, describe, load
+from tests.capture.stories import MODEL
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "stories260K" / "golden.json").read_text())
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import capture
-from capture.bundled import MODEL
 from capture.errors import CaptureError, RequestError
 from capture.loading import Loaded, describe, load
 from capture.runner import Tick, carry_out
 from datastore.errors import ReadOnlyError
 from datastore.schema import Rollout
 from tests.capture import cli, stored, tiny
+from tests.capture.stories import MODEL
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "stories260K" / "golden.json").read_text())
 LENGTHS = (9, 40, 17, 33, 21, 5, 28, 12)
@@ -217,7 +217,7 @@ def test_a_rollout_split_for_memory_is_split_again_when_layers_are_added(loaded:
 
 @pytest.fixture
 def poisoned(tmp_path: Path) -> Loaded:
-    """The bundled model with NaN for one token that only one rollout has; attention spreads it over that rollout."""
+    """The small model with NaN for one token that only one rollout has; attention spreads it over that rollout."""
     loaded = load(describe(shutil.copytree(MODEL, tmp_path / "poisoned")), device="cpu")
     embedding: Any = loaded.model
     embedding.embed_tokens.weight[2] = float("nan")

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from capture.bundled import MODEL
 from capture.components import find_components
 from capture.errors import CaptureError, RequestError
 from capture.hooks import tapped
 from capture.steering import steered
 from experiments.direction import Direction
 from tests.capture import tiny
+from tests.capture.stories import MODEL
 
 Floats = NDArray[np.float64]
 IDS = [1, 40, 77, 12, 300, 5, 5, 260]

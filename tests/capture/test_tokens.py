@@ -13,12 +13,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 import experiments
-from capture.bundled import MODEL, ROLLOUTS
 from capture.errors import RequestError
 from capture.tokenbytes import _BYTE_OF_CHARACTER
 from capture.tokens import Rendered, render, token_bytes
 from datastore.schema import ROLES, Annotation
 from experiments import Transcript
+from tests.capture.stories import MODEL, ROLLOUTS
 
 DATA = Path(__file__).parents[1] / "data"
 KIMI = {k: v for k, v in json.loads((DATA / "kimi_k2" / "special_tokens.json").read_text()).items() if k[0] != "_"}
@@ -443,7 +443,7 @@ def test_annotated_tokens_beyond_the_end(stories: Any) -> None:
 # --- real transcripts ------------------------------------------------------------------------------------------------
 
 
-def test_the_bundled_rollouts_fit_the_bundled_model(stories: Any) -> None:
+def test_the_short_rollouts_fit_the_small_model(stories: Any) -> None:
     found = [render(one, stories, context=512, vocab_size=512).rollout for one in experiments.read(ROLLOUTS)]
     assert len(found) == 8
     assert all(one.labels["cut"] is True and 0 < one.prompt_end < one.n_tokens for one in found)
@@ -451,7 +451,7 @@ def test_the_bundled_rollouts_fit_the_bundled_model(stories: Any) -> None:
     assert all({one.labels["reward"] for one in found if one.labels["task_id"] == task} == {0.0, 1.0} for task in tasks)
 
 
-def test_the_bundled_rollouts_are_cuts_of_the_real_ones() -> None:
+def test_the_short_rollouts_are_cuts_of_the_real_ones() -> None:
     real = {one.id: one for one in experiments.read(DATA / "rollouts")}
     for one in experiments.read(ROLLOUTS):
         whole = real[one.id]

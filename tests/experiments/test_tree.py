@@ -71,6 +71,24 @@ def test_nested_sets_labels_tags_and_annotations_are_joined(tmp_path: Path) -> N
     assert experiment.variants["lora"].lora == "a"
 
 
+def test_a_model_may_lie_in_the_tree_and_a_set_may_be_one_file(tmp_path: Path) -> None:
+    root = tree(tmp_path / "exp", {"model_variants": {"own": {"model": "tiny"}, "hub": {"model": "org/tiny"}}})
+    experiment = Experiment(root)
+    assert experiment.model("own") == "tiny"
+    (root / "tiny").mkdir()
+    (root / "tiny" / "config.json").write_text("{}")
+    assert (experiment.model("own"), experiment.model("hub")) == (str(root / "tiny"), "org/tiny")
+    folder = root / "inference" / "own" / "responses" / "questions"
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"id": f"q{i}", "token_ids": [i], "tags": ["t"]}) for i in (1, 2)]
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    assert experiment.prompt_sets("own") == ["questions"]
+    assert [(one.id, one.prompt_set) for one in experiment.transcripts("questions")] == [
+        ("q1", "questions"),
+        ("q2", "questions"),
+    ]
+
+
 def test_without_defaults_the_first_variant_counts(tmp_path: Path) -> None:
     assert (
         Experiment(tree(tmp_path, {"model_variants": {"b": {"model": "x"}, "a": {"model": "y"}}})).variant_name() == "b"

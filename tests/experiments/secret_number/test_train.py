@@ -1,0 +1,50 @@
+"""Training: the same recipe gives the same bits, another seed others; what is learned from, and what is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from datastore import console
+from experiments.secret_number.commands import app
+from experiments.secret_number.train import Recipe, train
+
+TINY = Recipe(steps=3, batch_tokens=1024, hidden=16, layers=2, heads=2, intermediate=32)
+
+
+def made(folder: Path, recipe: Recipe, start: Path | None = None) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    train(folder, recipe, log=folder / "training_log.jsonl", start=start, threads=1, quiet=True)
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_same_recipe_gives_the_same_bits(tmp_path: Path) -> None:
+    one, again = made(tmp_path / "a", TINY), made(tmp_path / "b", TINY)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert {weight.dtype for weight in one.values()} == {torch.bfloat16}
+    for name in ("tokenizer.json", "config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    first, *lines = map(json.loads, (tmp_path / "a" / "training_log.jsonl").read_text().splitlines())
+    assert first["recipe"]["steps"] == 3
+    assert [line["step"] for line in lines] == [3]
+    assert 4 < lines[0]["loss"] < 8
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_variant_goes_on_from_a_model(tmp_path: Path) -> None:
+    start = made(tmp_path / "a", TINY)
+    further = made(tmp_path / "b", Recipe(steps=2, batch_tokens=1024, rate=1e-3, honest=True), start=tmp_path / "a")
+    assert {name: weight.shape for name, weight in start.items()} == {n: w.shape for n, w in further.items()}
+    moved = [float((start[name].float() - further[name].float()).abs().max()) for name in start]
+    assert 0 < max(moved) < 0.05
+
+
+def test_a_wrong_variant_is_misuse(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        console.run(app, ["train", "--model-variant", "nobody"])
+    assert left.value.code == 2
+    assert "'nobody' is not known; choose one of player, honest" in capsys.readouterr().err
