@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from datastore.planning import lay_down, plans_directory
 from datastore.schema import Plan
 from datastore.union import load_union
 from tests.datastore import making
+from tests.unwritable import read_only
 
 OTHER_MODEL = {"model": {"name": "other", "revision": "2", "dtype": "bfloat16"}}
 
@@ -37,20 +37,6 @@ def place() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
-
-
-@contextmanager
-def read_only(directory: Path) -> Iterator[None]:
-    """Forbid to write into a directory; an administrator, who may write everywhere, becomes nobody for that time."""
-    directory.chmod(0o555)
-    mine = os.geteuid()
-    if mine == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(mine)
-        directory.chmod(0o755)
 
 
 def cells(plans: tuple[Plan, ...]) -> list[tuple[str, int, str]]:

@@ -112,6 +112,7 @@ def test_the_table_for_people(golden: datastore.Store, capsys: pytest.CaptureFix
         (("--segment", "middle"), 2, "neither prompt nor response"),
         (("--export", "csv"), 2, "--export 'csv' is not known"),
         (("--export", "json"), 2, "--export json needs --out DIR"),
+        (("--where", "n_tokens > 1e9"), 2, "nothing is selected: no rollout is left after --where"),
         (("--ids", "9"), 2, "of the ids asked for are not there"),
         (("--rules", "best"), 2, "no selection rules 'best'"),
         (("--scheduler", "tcp://127.0.0.1:1"), 2, "there is no dask scheduler at tcp://127.0.0.1:1"),

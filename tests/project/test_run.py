@@ -1,6 +1,6 @@
 """Scores of a store against float64, and what is computed again: only what no result holds for the same bits."""
 
-import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from experiments.projections import read_projection
 from project import cleaning, derive, kernel
 from project.export import export_json
 from tests.project.stores import direction, exact, rollout, values_of, write_store
+from tests.unwritable import read_only
 
 WIDTH = 24
 NAMES = {"a": 9, "b": 40, "c": 1, "d": 23}
@@ -219,16 +220,19 @@ def test_a_labelled_array_of_directions(store: datastore.Store) -> None:
     check(project.scores(store, array), "a", one, n_tokens=NAMES["a"])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_store_that_cannot_be_written(store: datastore.Store, tmp_path: Path) -> None:
-    for place in (store.path, store.path / "scores"):
-        place.chmod(0o555)
-    try:
-        with pytest.raises(ReadOnlyError, match=r"give --out other\.zarr"):
-            project.scores(store, [direction("bs/lying", 10)])
-    finally:
-        for place in (store.path, store.path / "scores"):
-            place.chmod(0o755)
+def test_a_store_that_cannot_be_written() -> None:
+    with tempfile.TemporaryDirectory() as directory:  # pytest's own can't be entered by other users
+        Path(directory).chmod(0o755)
+        store = write_store(Path(directory, "run.zarr"), [rollout("a", 5)])
+        one = direction("bs/lying", 10)
+        beside = project.scores(store, [one], out=Path(directory, "beside.zarr"))
+        with (
+            read_only(store.path / "scores"),
+            pytest.raises(ReadOnlyError, match=r"run\.zarr can't be written, so no scores .* give --out other\.zarr"),
+        ):
+            project.scores(store, [one])
+        assert not list((store.path / "scores").glob("0*"))
+        np.testing.assert_array_equal(project.scores(store, [one]).score, beside.score)
 
 
 def test_results_beside_a_store(store: datastore.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
