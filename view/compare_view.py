@@ -13,7 +13,7 @@ from view.frame import NUMBERS, Host, View, later
 from view.group_view import Groups
 from view.plots import Lines
 from view.store_view import Stores
-from view.tables import clickable, plain
+from view.tables import clickable, html, plain
 from view.trajectories import texts_of
 from view.treatment import Treatment, picked
 
@@ -66,12 +66,14 @@ class Pair(View):
         self.difference = Lines("difference", page.look, height=250, tapped=self._pin)
         self.difference.plot.x_range = self.curves.plot.x_range
         self.pairs = clickable(pd.DataFrame(columns=list(PAIRS)), self._choose, titles=PAIRS, page_size=6)
-        self.moves = plain(pd.DataFrame(columns=list(MOVES)), titles=MOVES, hidden_columns=[])
-        self.texts = pn.pane.HTML("", sizing_mode="stretch_width")
+        self.moves = plain(
+            pd.DataFrame(columns=list(MOVES)), titles=MOVES, numbers=("difference", "peak", "tokens_after", "moved_at")
+        )
+        self.texts = html()
         self._found = pd.DataFrame(columns=list(PAIRS))
-        self._heading = pn.pane.HTML("", sizing_mode="stretch_width")
+        self._heading = html()
         upper = pn.Row(
-            pn.Column(pn.pane.HTML("<h2>Pairs that share a prefix</h2>", margin=0), self.pairs, min_width=420),
+            pn.Column(html("<h2>Pairs that share a prefix</h2>", margin=0), self.pairs, min_width=420),
             pn.Column(self._heading, self.moves, min_width=420),
             sizing_mode="stretch_width",
         )

@@ -6,6 +6,7 @@ import panel as pn
 
 from view.frame import Host
 from view.state import FIRST, VIEWS
+from view.tables import html
 from view.treatment import CLEANING, LINES, MODES
 
 __all__ = ["Controls"]
@@ -29,7 +30,9 @@ class Controls:
         state = page.state
         w = pn.widgets
         fixed: dict[str, Any] = {"width": WIDTH, "margin": (2, 5)}
-        self.store = w.Select.from_param(state.param.store, name="Store", options=page.models.names, width=200)
+        self.store = w.Select.from_param(
+            state.param.store, name="Store", description=None, options=page.models.names, width=200
+        )
         self.view = w.RadioButtonGroup.from_param(state.param.view, name="View", options=list(VIEWS), margin=(18, 10))
         self.rollout = w.AutocompleteInput(name="Rollout", case_sensitive=False, min_characters=1, **fixed)
         self.before = w.Button(name="← before", width=WIDTH // 2 - 6, margin=(2, 5), css_classes=["before"])
@@ -123,7 +126,7 @@ class Controls:
         dark = self.page.look.dark
         theme = pn.widgets.Button(name="Light" if dark else "Dark", margin=(18, 5), css_classes=["theme"])
         theme.js_on_click(code=LOOK.format(theme="light" if dark else "dark"))
-        title = pn.pane.HTML("<h1>Activations</h1>", margin=(8, 10), width=130)
+        title = html("<h1>Activations</h1>", margin=(8, 10), width=120, height=50, sizing_mode="fixed")
         return pn.Row(
             title,
             self.store,
@@ -138,7 +141,7 @@ class Controls:
     @property
     def sidebar(self) -> pn.Column:
         """What stands beside the page."""
-        titled = pn.pane.HTML("<h2>Traits drawn</h2>", margin=(6, 5, 0, 5))
+        titled = html("<h2>Traits drawn</h2>", margin=(6, 5, 0, 5))
         return pn.Column(
             self.rollout,
             pn.Row(self.before, self.after, margin=0),

@@ -13,6 +13,7 @@ from datastore.query import Store
 from view import comparing
 from view.model import Model
 from view.plots import Lines, Look
+from view.tables import html
 from view.trajectories import bands_of, texts_of
 from view.transcript import Transcript, numbers_of, text_of
 from view.treatment import Treatment, picked
@@ -60,7 +61,7 @@ def page_of(model: Model, rollouts: Sequence[str], *, how: Treatment) -> pn.Colu
     """Return the page: the curves of rollouts that are compared, then every rollout's curves and text."""
     look = Look(dark=False)
     scored = [name for name in rollouts if model.is_scored(name)]
-    parts: list[Any] = [pn.pane.HTML(f"<h1>{escape(model.name)}</h1>"), pn.pane.HTML(_css())]
+    parts: list[Any] = [html(f"<h1>{escape(model.name)}</h1>"), html(_css())]
     if len(scored) > 1:
         parts.append(_together(model, tuple(scored), how=how, look=look))
     parts += [_one(model, name, how=how, look=look) for name in rollouts]
@@ -80,7 +81,7 @@ def _together(model: Model, names: tuple[str, ...], *, how: Treatment, look: Loo
         plot.draw(aligned.position.values, {name: aligned.values[i, :, j] for i, name in enumerate(names)})
         plot.show_fork(fork - 0.5)
         plots.append(plot.panel())
-    return pn.Column(pn.pane.HTML(f"<h2>The same up to token {fork}</h2>"), *plots, sizing_mode="stretch_width")
+    return pn.Column(html(f"<h2>The same up to token {fork}</h2>"), *plots, sizing_mode="stretch_width")
 
 
 def _one(model: Model, name: str, *, how: Treatment, look: Look) -> pn.Column:
@@ -93,7 +94,7 @@ def _one(model: Model, name: str, *, how: Treatment, look: Look) -> pn.Column:
         compact=False,
         sizing_mode="stretch_width",
     )
-    parts: list[Any] = [pn.pane.HTML(f"<h2>{escape(name)}</h2>")]
+    parts: list[Any] = [html(f"<h2>{escape(name)}</h2>")]
     if labels:
         shade = pn.widgets.Select(
             name="Shaded by", options={label: str(j) for j, label in enumerate(labels)}, width=260

@@ -9,7 +9,7 @@ from view import comparing
 from view.frame import NUMBERS, Host, View, later
 from view.plots import Lines
 from view.summaries import sample, summarise
-from view.tables import plain
+from view.tables import html, plain
 from view.treatment import Treatment
 
 __all__ = ["Groups"]
@@ -38,13 +38,13 @@ class Groups(View):
         self.reference = w.Select(name="Compared with", options=[], width=180)
         self.per = w.Select.from_param(state.param.per, name="Along", width=180)
         self.plot = Lines("groups", page.look, x="tokens from the fork", height=320)
-        self.effects = plain(pd.DataFrame(columns=list(EFFECTS)), titles=EFFECTS)
-        self.note = pn.pane.HTML("", sizing_mode="stretch_width")
+        self.effects = plain(pd.DataFrame(columns=list(EFFECTS)), titles=EFFECTS, numbers=list(EFFECTS)[1:])
+        self.note = html()
         self._listening = True
         self.label.param.watch(lambda event: self._take(label=event.new, reference=""), "value")
         self.reference.param.watch(lambda event: self._take(reference=event.new), "value")
         controls = pn.Row(self.label, self.reference, self.per)
-        titled = pn.pane.HTML("<h2>Effect size by trait, over the rollouts' means</h2>", margin=(8, 0, 0, 0))
+        titled = html("<h2>Effect size by trait, over the rollouts' means</h2>", margin=(8, 0, 0, 0))
         self._panel = pn.Column(
             controls, self.plot.panel(), self.note, titled, self.effects, sizing_mode="stretch_width"
         )

@@ -6,6 +6,8 @@ import panel as pn
 from view.frame import NUMBERS, Host, View, later
 from view.plots import Heatmap
 from view.summaries import Summary, captured, summarise
+from view.tables import html
+from view.transcript import scales_of
 from view.treatment import picked
 
 __all__ = ["Captured", "Heatmaps"]
@@ -57,8 +59,10 @@ class Heatmaps(View):
             chosen = picked(table, by=by, trait=state.trait, traits=state.traits, layer=state.layer_number)
             chosen = chosen if values.shape[1] else []
             rows = [str(table["direction"].iloc[j]) for j in chosen]
-            plot.draw(values[:, chosen].T, rows, unit=how.mode, skip=4)
-            plot.plot.title.text = f"{'Traits' if by == 'trait' else f'Layers of {state.trait}'}, {state.rollout}"
+            shown = values[:, chosen] - scales_of(values)[0][chosen]
+            plot.draw(shown.T, rows, unit=how.mode, skip=4)
+            what = "Traits" if by == "trait" else f"Layers of {state.trait}"
+            plot.plot.title.text = f"{what}, {state.rollout}: values less each row's median"
 
     def _draw_rollouts(self, found: Summary) -> None:
         table, state = self.model.directions, self.state
@@ -78,7 +82,7 @@ class Captured(View):
     def __init__(self, page: Host) -> None:
         super().__init__(page)
         self._plots: dict[str, Heatmap] = {}
-        self._note = pn.pane.HTML("", sizing_mode="stretch_width")
+        self._note = html()
         self._panel = pn.Column(self._note, sizing_mode="stretch_width")
 
     def panel(self) -> pn.Column:

@@ -24,8 +24,8 @@ from view.treatment import Treatment, treated
 __all__ = ["Mark", "Model", "Models"]
 
 R = TypeVar("R")
-MOST_KEPT = 16
-"""Results over many rollouts that are kept at once."""
+MOST_KEPT = 32
+"""Results that are kept at once."""
 RESULTS = ("labels", "annotations", "scores", "calibration")
 TABLE = ("trait", "layer", "component", "method", "vector_position")
 

@@ -9,7 +9,7 @@ import project
 from view.frame import NUMBERS, Host, View
 from view.plots import Heatmap, Lines
 from view.summaries import calibration_tables
-from view.tables import plain
+from view.tables import html, plain
 
 __all__ = ["Calibration", "Correlation"]
 
@@ -69,7 +69,7 @@ class Calibration(View):
         self.alignment = Lines("alignment by layer", page.look, x="layer", y="mean cosine with the mean", height=230)
         self.massive = Lines("massive dimensions", page.look, x="layer", y="times the median dimension", height=230)
         self.table = plain(pd.DataFrame(), titles={})
-        self.note = pn.pane.HTML("", sizing_mode="stretch_width")
+        self.note = html()
         plots = [plot.panel() for plot in (self.norms, self.alignment, self.massive)]
         self._panel = pn.Column(self.note, *plots, self.table, sizing_mode="stretch_width")
 

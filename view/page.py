@@ -10,6 +10,7 @@ import panel as pn
 from datastore.errors import DatastoreError
 from datastore.query import Store
 from experiments.errors import ExperimentError
+from view.browser import Browser
 from view.compare_view import CompareView
 from view.controls import Controls
 from view.frame import NUMBERS, View, later
@@ -18,6 +19,7 @@ from view.overview import Overview
 from view.plots import Look
 from view.state import FIELDS, VIEWS, State, from_query, to_query
 from view.summaries import percentiles
+from view.tables import html
 from view.trajectories import Trajectories
 from view.transcript import Transcript, numbers_of, text_of
 from view.treatment import picked
@@ -44,8 +46,9 @@ class Page:
     def __init__(self, models: Models, *, query: str | Mapping[str, Any] = "", dark: bool = False) -> None:
         self.models, self.look = models, Look(dark=dark)
         self.state = State(store=models.names[0])
-        self.notice = pn.pane.HTML("", css_classes=["notice"], sizing_mode="stretch_width", visible=False)
+        self.notice = html("", css_classes=["notice"], sizing_mode="stretch_width", visible=False)
         self.text = Transcript(dark=dark, sizing_mode="stretch_width")
+        self.browser = Browser(width=0, height=0, margin=0)
         self.controls = Controls(self)
         self._makers: dict[str, Callable[[Page], View]] = {
             "Overview": Overview,
@@ -58,6 +61,7 @@ class Page:
         self._quiet = False
         self._restore(query)
         self.text.param.watch(self._pinned, "pinned")
+        self.browser.param.watch(self._went, "query")
         self.state.param.watch(self._changed, WATCHED)
         self.update(frozenset(WATCHED))
 
@@ -147,10 +151,18 @@ class Page:
             self._show_text(changed)
         except Errors as error:
             self.say(str(error))
-        if pn.state.location is not None and pn.state.curdoc is not None:
-            search = to_query(self.state) + ("&theme=dark" if self.look.dark else "")
-            if pn.state.location.search != search:
-                pn.state.location.search = search
+        self.browser.query = self._query()
+
+    def _query(self) -> str:
+        return to_query(self.state) + ("&theme=dark" if self.look.dark else "")
+
+    def _went(self, event: Any) -> None:
+        """Show what the address says, when the reader stepped back or forward."""
+        if event.new != self._query():
+            values, _ = from_query(event.new)
+            known = {name: State.param[name].default for name in WATCHED if name != "store"} | values
+            if known.get("store", self.state.store) in self.models.names:
+                self.state.param.update(**known)
 
     def _show_view(self, changed: frozenset[str]) -> None:
         name = self.state.view
@@ -211,6 +223,7 @@ class Page:
         return pn.Column(
             self.controls.header,
             body,
+            self.browser,
             sizing_mode="stretch_width",
             css_classes=["page", "dark" if self.look.dark else "light"],
         )
@@ -246,11 +259,12 @@ def document(models: Models) -> pn.viewable.Viewable:
     """Return the page of one visitor, as the address says; for the server."""
     given = dict(pn.state.session_args or {})
     dark = given.pop("theme", [b""])[0] == b"dark"
-    pn.config.raw_css = [*pn.config.raw_css, _css()]
+    pn.config.raw_css = [*pn.config.raw_css, _css(dark=dark)]
     page = Page(models, query=given, dark=dark)
     pn.state.add_periodic_callback(page.look_again, LOOK_AGAIN_MS)
     return page.panel()
 
 
-def _css() -> str:
-    return (STATIC / "page.css").read_text(encoding="utf-8")
+def _css(*, dark: bool) -> str:
+    colours = ":root { --page: #1b1e23; --page-ink: #e8e8e8; color-scheme: dark; }" if dark else ""
+    return (STATIC / "page.css").read_text(encoding="utf-8") + colours

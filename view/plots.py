@@ -222,13 +222,26 @@ class Lines(_Plot):
                 *([(f"low{j}", f"{name} low"), (f"high{j}", f"{name} high")] if bands else []),
             ]
         self._make(len(curves), areas=bool(bands))
-        self.source.data = data
+        self._give(data)
         self.columns.tags = [headings]
         self._name(list(curves), colours or COLOURS, areas=bool(bands))
         everything = [data[key] for key in keys] + [
             data[f"{side}{j}"] for j in range(len(keys)) for side in ("low", "high") if bands
         ]
         self._frame(np.asarray(x, np.float64), np.stack(everything, axis=1) if everything else np.empty((0, 0)))
+
+    def _give(self, data: dict[str, Any]) -> None:
+        """Send only the columns that are other ones, where the points are the same."""
+        now: Any = self.source.data
+        same = now.keys() == data.keys() and len(now["x"]) == len(data["x"])
+        if same and self._same_texts(now["text"], data["text"]) and np.array_equal(now["x"], data["x"]):
+            now.update({key: values for key, values in data.items() if key not in ("x", "text")})
+        else:
+            self.source.data = data
+
+    @staticmethod
+    def _same_texts(a: Sequence[str], b: Sequence[str]) -> bool:
+        return a is b or list(a) == list(b)
 
     def _frame(self, x: Floats, values: Floats) -> None:
         low, high = robust_range(values, skip=SINK if not len(x) or x[0] == 0 else 0)

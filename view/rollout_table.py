@@ -9,16 +9,17 @@ from bokeh.models import HTMLTemplateFormatter
 
 from view.frame import NUMBERS, Host, View, later
 from view.summaries import Summary, strongest, summarise
-from view.tables import clickable
+from view.tables import clickable, html
 from view.treatment import Treatment, picked
 
 __all__ = ["RolloutTable", "Spans", "rollout_rows"]
 
 MOST_LABELS = 6
 MOST_TRAITS = 12
-BAR = """<span class="bar" title="<%= value %>"><i style="<%= value < 0 ? 'right' : 'left' %>:50%;
-width:<%= Math.min(50, 50 * Math.abs(value) / {scale}) %>%;background:<%= value < 0 ? '#2b83e2' : '#e66101' %>"></i>
-</span> <%= value === null || isNaN(value) ? '' : value.toPrecision(3) %>"""
+BAR = """<span style="position:relative;display:inline-block;width:60px;height:10px;border-left:1px solid #8a8a8a;
+margin-right:6px"><i style="position:absolute;left:0;height:10px;width:<%= Math.min(60, 60 * Math.abs(value) / {scale})
+%>px;background:<%= value < 0 ? '#2b83e2' : '#e66101' %>"></i></span><%= value === null || isNaN(value) ? '' :
+value.toPrecision(3) %>"""
 SPANS = {"rollout": "rollout", "start": "from", "stop": "to", "mean": "mean", "text": "text"}
 
 
@@ -42,7 +43,7 @@ class RolloutTable(View):
         self._titles = {"prompt_set": "set", "n_tokens": "tokens"}
         self.table = clickable(pd.DataFrame({"rollout": []}), self._choose, titles=self._titles, page_size=15)
         self.table.header_filters = True
-        self.note = pn.pane.HTML("", sizing_mode="stretch_width")
+        self.note = html()
         self._panel = pn.Column(self.note, self.table, sizing_mode="stretch_width")
 
     def panel(self) -> pn.Column:
@@ -107,8 +108,10 @@ class Spans(View):
         self.by = w.Select.from_param(state.param.spans, name="Spans of", options=["window", "clause"], width=140)
         self.window = w.IntInput.from_param(state.param.window, name="Window, tokens", start=1, end=100, width=140)
         self.scope = w.Select.from_param(state.param.scope, name="In", width=160)
-        self.table = clickable(pd.DataFrame(columns=list(SPANS)), self._choose, titles=SPANS, page_size=20)
-        self._heading = pn.pane.HTML("", sizing_mode="stretch_width")
+        self.table = clickable(
+            pd.DataFrame(columns=list(SPANS)), self._choose, titles=SPANS, page_size=20, numbers=["mean"]
+        )
+        self._heading = html()
         controls = pn.Row(self.by, self.window, self.scope)
         self._panel = pn.Column(controls, self._heading, self.table, sizing_mode="stretch_width")
 

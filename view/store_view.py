@@ -13,7 +13,7 @@ from view.frame import NUMBERS, Host, View, later
 from view.model import Model
 from view.plots import Lines
 from view.summaries import summarise
-from view.tables import plain
+from view.tables import html, plain
 from view.trajectories import bands_of, texts_of
 from view.treatment import Treatment, picked, treated
 
@@ -36,8 +36,8 @@ class Stores(View):
         super().__init__(page)
         self.other = pn.widgets.Select(name="Compared with the store", options=[], width=240)
         self.plot = Lines("store difference", page.look, height=320)
-        self.table = plain(pd.DataFrame(columns=list(TABLE)), titles=TABLE)
-        self.note = pn.pane.HTML("", sizing_mode="stretch_width")
+        self.table = plain(pd.DataFrame(columns=list(TABLE)), titles=TABLE, numbers=list(TABLE)[1:])
+        self.note = html()
         self._listening = True
         self.other.param.watch(self._take, "value")
         self._panel = pn.Column(self.other, self.note, self.plot.panel(), self.table, sizing_mode="stretch_width")

@@ -1,14 +1,23 @@
-"""Tables of the page: Panel's Tabulator as this page uses it."""
+"""Tables and words of the page: Panel's Tabulator and HTML as this page uses them."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import panel as pn
+from bokeh.models import NumberFormatter
 
-__all__ = ["clickable", "plain"]
+__all__ = ["clickable", "html", "plain"]
 
 PAGE = 15
+
+
+def html(text: str = "", **more: Any) -> pn.pane.HTML:
+    """Return words that the page writes, in its own style."""
+    settings: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": (0, 5)}
+    style = (Path(__file__).with_name("static") / "parts.css").read_text(encoding="utf-8")
+    return pn.pane.HTML(text, stylesheets=[style], **{**settings, **more})
 
 
 def clickable(
@@ -35,7 +44,9 @@ def clickable(
 
 def plain(table: pd.DataFrame, *, titles: Mapping[str, str], **more: Any) -> pn.widgets.Tabulator:
     """Return a table that is only read."""
+    digits = {name: NumberFormatter(format="0,0.[0000]", nan_format="") for name in more.pop("numbers", ())}
     settings: dict[str, Any] = {
+        "formatters": digits,
         "show_index": False,
         "disabled": True,
         "selectable": False,

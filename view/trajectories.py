@@ -10,6 +10,7 @@ import panel as pn
 from view.frame import NUMBERS, Host, View
 from view.model import Model
 from view.plots import ROLES, Lines
+from view.tables import html
 from view.transcript import annotation_colours
 from view.treatment import picked
 
@@ -27,7 +28,7 @@ class Trajectories(View):
         self.scores = Lines("scores", page.look, height=380, tapped=self._pin)
         self.norms = Lines("norms", page.look, height=190, y="norm", tapped=self._pin)
         self.norms.plot.x_range = self.scores.plot.x_range
-        self.legend = pn.pane.HTML("", sizing_mode="stretch_width", margin=(0, 5))
+        self.legend = html()
         self._panel = pn.Column(self.scores.panel(), self.legend, self.norms.panel(), sizing_mode="stretch_width")
 
     def panel(self) -> pn.Column:
@@ -89,11 +90,13 @@ def _positions(model: Model, rollout: str) -> "np.ndarray[tuple[int], np.dtype[n
 
 def texts_of(model: Model, rollout: str) -> list[str]:
     """Return the text of each token for a hover; its id where it has no text."""
+    return model.keep(("texts", rollout), lambda: _texts(model, rollout))
+
+
+def _texts(model: Model, rollout: str) -> list[str]:
     tokens = model.tokens(rollout)
-    return [
-        repr(text)[1:-1] if isinstance(text, str) else f"id {number}"
-        for text, number in zip(tokens["text"], tokens["token_id"], strict=True)
-    ]
+    pairs = zip(tokens["text"].tolist(), tokens["token_id"].tolist(), strict=True)
+    return [repr(text)[1:-1] if isinstance(text, str) else f"id {number}" for text, number in pairs]
 
 
 def bands_of(model: Model, rollout: str) -> list[Band]:

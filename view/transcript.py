@@ -103,13 +103,19 @@ def annotation_colours(model: Model) -> dict[str, str]:
     return {label: ANNOTATIONS[i % len(ANNOTATIONS)] for i, label in enumerate(labels)}
 
 
-def scales_of(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return for each direction the magnitude that is shaded fully: the 99th percentile beyond the first tokens."""
-    beyond = np.abs(values[SINK:] if len(values) > 2 * SINK else values)
+def scales_of(values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return for each direction the value that is not shaded, and how far from it the shade is strongest.
+
+    The median of the rollout and the 99th percentile of the distances from it, both beyond the first tokens: scores of
+    one direction may all lie on one side of 0, and what is told apart is how they change.
+    """
+    beyond = values[SINK:] if len(values) > 2 * SINK else values
+    known = np.where(np.isfinite(beyond).any(axis=0), beyond, np.float32(0))
     if not beyond.size:
-        return np.ones(values.shape[1], np.float32)
-    scales = np.nanpercentile(np.where(np.isfinite(beyond).any(axis=0), beyond, 0.0), 99, axis=0)
-    return np.where(scales > 0, scales, 1).astype(np.float32)
+        return np.zeros(values.shape[1], np.float32), np.ones(values.shape[1], np.float32)
+    centres = np.nanmedian(known, axis=0)
+    scales = np.nanpercentile(np.abs(known - centres), 99, axis=0)
+    return centres.astype(np.float32), np.where(scales > 0, scales, 1).astype(np.float32)
 
 
 def numbers_of(
@@ -128,11 +134,13 @@ def numbers_of(
     unit : str
     quantiles : array of shape (direction, step), and of how many tokens, optional
     """
+    centres, scales = scales_of(values)
     numbers = {
         "values": np.ascontiguousarray(values.T).reshape(-1),
         "tokens": len(values) if values.shape[1] else 0,
         "labels": labels,
-        "scales": scales_of(values),
+        "centres": centres,
+        "scales": scales,
         "unit": unit,
     }
     if quantiles is not None and len(quantiles[0]):

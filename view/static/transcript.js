@@ -6,6 +6,7 @@
 
 const POSITIVE = [230, 97, 1];
 const NEGATIVE = [43, 131, 226];
+const CHUNK = 128; // tokens that are coloured together
 const STRONGEST = 0.62; // of the colour's opacity, so that the text stays readable on it
 
 function made(tag, name, text) {
@@ -65,6 +66,7 @@ class Transcript {
       const at = this.at(event);
       if (at !== null) this.model.pinned = at;
     });
+    this.watcher = new IntersectionObserver((seen) => this.seen(seen), { root: this.words, rootMargin: "400px" });
     this.keys = (event) => this.pressed(event);
     document.addEventListener("keydown", this.keys);
   }
@@ -95,6 +97,8 @@ class Transcript {
   write() {
     const text = this.model.text;
     this.spans = [];
+    this.chunks = [];
+    this.watcher.disconnect();
     const blocks = [];
     for (const block of text.blocks || []) blocks.push(this.block(block, text));
     this.words.replaceChildren(...blocks);
@@ -110,11 +114,19 @@ class Transcript {
     section.append(made(thinking ? "summary" : "div", "title", block.title));
     if (thinking) section.open = !this.model.folded;
     const line = made("div", "line");
+    let run = null;
     for (let i = block.start; i < block.stop; i++) {
+      if (run === null || i - run.start >= CHUNK) {
+        run = { element: line.appendChild(made("span")), start: i, stop: i, visible: false, stale: true };
+        run.element.chunk = run;
+        this.chunks.push(run);
+        this.watcher.observe(run.element);
+      }
+      run.stop = i + 1;
       const word = text.texts[i];
       const span = made("span", word === null ? "t id" : "t", word === null ? `⟨${text.ids[i]}⟩` : word);
       span.dataset.i = i;
-      line.append(span);
+      run.element.append(span);
       this.spans.push(span);
     }
     section.append(line);
@@ -148,28 +160,48 @@ class Transcript {
 
   paint() {
     const row = this.row();
-    const scale = row ? this.model.numbers.scales[this.model.column] : 0;
-    for (let i = 0; i < this.spans.length; i++) {
-      const colour = row ? shade(row[i], scale) : "";
+    const { scales, centres } = this.model.numbers;
+    const column = this.model.column;
+    this.shading = row ? { row, scale: scales[column], centre: centres[column] } : null;
+    for (const run of this.chunks) {
+      run.stale = true;
+      if (run.visible) this.paintRun(run);
+    }
+    this.drawLegend(row, row ? centres[column] : 0, row ? scales[column] : 0);
+    this.describe(this.model.pinned);
+  }
+
+  // Only what is in sight is coloured: a long text would keep the browser busy with thousands of spans.
+  paintRun(run) {
+    run.stale = false;
+    const shading = this.shading;
+    for (let i = run.start; i < run.stop; i++) {
+      const colour = shading ? shade(shading.row[i] - shading.centre, shading.scale) : "";
       if (this.spans[i].colour !== colour) {
         this.spans[i].colour = colour;
         this.spans[i].style.backgroundColor = colour;
       }
     }
-    this.drawLegend(row, scale);
-    this.describe(this.model.pinned);
   }
 
-  drawLegend(row, scale) {
+  seen(changes) {
+    for (const { target, isIntersecting } of changes) {
+      target.chunk.visible = isIntersecting;
+      if (isIntersecting && target.chunk.stale) this.paintRun(target.chunk);
+    }
+  }
+
+  drawLegend(row, centre, scale) {
     this.legend.replaceChildren();
     if (!row) return;
     const { labels, unit } = this.model.numbers;
     const scaleBar = made("span", "scale");
+    scaleBar.title = `uncoloured: the median, ${shown(centre)}`;
     this.legend.append(
       made("span", "name", labels[this.model.column]),
-      made("span", "end", `−${shown(scale)}`),
+      made("span", "end", shown(centre - scale)),
       scaleBar,
-      made("span", "end", `+${shown(scale)}`),
+      made("span", "end", shown(centre + scale)),
       made("span", "unit", unit),
     );
   }
@@ -207,7 +239,7 @@ class Transcript {
   }
 
   table(at) {
-    const { values, tokens, labels, scales, quantiles, steps, sampled } = this.model.numbers;
+    const { values, tokens, labels, centres, scales, quantiles, steps, sampled } = this.model.numbers;
     const table = made("table");
     const head = table.createTHead().insertRow();
     for (const name of ["trait", "score", "percentile"]) {
@@ -224,7 +256,7 @@ class Transcript {
       row.insertCell().textContent = label;
       const cell = row.insertCell();
       cell.textContent = shown(value);
-      cell.style.backgroundColor = shade(value, scales[j]);
+      cell.style.backgroundColor = shade(value - centres[j], scales[j]);
       const share = percentile(quantiles ? quantiles.subarray(j * steps, (j + 1) * steps) : null, value);
       row.insertCell().textContent = share === null ? "" : share.toFixed(0);
     });

@@ -1,0 +1,66 @@
+// What the browser does for the page as a whole: its address, and names for those who use a screen reader.
+//
+// `query` comes from Python, and goes back when the reader steps back or forward. Another rollout or view is a step of
+// the history; anything else replaces the last one.
+
+const STEPS = ["store", "view", "rollout"];
+const NAMING_MS = 700;
+
+function isStep(query) {
+  const wanted = new URLSearchParams(query);
+  const now = new URLSearchParams(location.search);
+  return STEPS.some((name) => now.has(name) && wanted.getAll(name).join() !== now.getAll(name).join());
+}
+
+// Bokeh's and Tabulator's elements that have no name, or a role that their parents do not allow.
+function nameParts(root) {
+  for (const box of root.querySelectorAll("input[type=checkbox]:not([aria-label])")) {
+    box.setAttribute("aria-label", (box.nextElementSibling ?? box.parentElement).textContent.trim());
+  }
+  for (const [kind, name] of [["up", "more"], ["down", "less"]]) {
+    for (const button of root.querySelectorAll(`.bk-spin-btn-${kind}:not([aria-label])`)) button.setAttribute("aria-label", name);
+  }
+  for (const grid of root.querySelectorAll(".tabulator[role=grid]")) nameGrid(grid);
+}
+
+function nameGrid(grid) {
+  const roles = [[".tabulator-tableholder", "rowgroup"], [".tabulator-table", "none"], [".tabulator-footer", "rowgroup"]];
+  roles.push([".tabulator-footer-contents", "row"], [".tabulator-paginator", "gridcell"]);
+  for (const [part, role] of roles) {
+    for (const one of grid.querySelectorAll(part)) if (one.getAttribute("role") !== role) one.setAttribute("role", role);
+  }
+  for (const column of grid.querySelectorAll(".tabulator-col")) {
+    const title = column.querySelector(".tabulator-col-title")?.textContent.trim();
+    for (const input of column.querySelectorAll("input:not([aria-label])")) input.setAttribute("aria-label", `Filter ${title}`);
+  }
+  grid.removeAttribute("aria-owns");
+}
+
+function nameAll(root) {
+  nameParts(root);
+  if (root.querySelector(".transcript")) return; // it names its own parts, and has thousands
+  for (const one of root.querySelectorAll("*")) if (one.shadowRoot) nameAll(one.shadowRoot);
+}
+
+export function render({ model }) {
+  const write = () => {
+    if (model.query && model.query !== location.search) {
+      const how = isStep(model.query) ? "pushState" : "replaceState";
+      history[how](null, "", location.pathname + model.query + location.hash);
+    }
+  };
+  const back = () => {
+    model.query = location.search;
+  };
+  write();
+  model.on("query", write);
+  window.addEventListener("popstate", back);
+  const naming = setInterval(() => requestAnimationFrame(() => nameAll(document)), NAMING_MS);
+  model.on("remove", () => {
+    window.removeEventListener("popstate", back);
+    clearInterval(naming);
+  });
+  const nothing = document.createElement("div");
+  nothing.hidden = true;
+  return nothing;
+}
