@@ -212,7 +212,7 @@ def main(arguments: list[str]) -> None:
     """Run it: `--tiny`, `--json`, `--only a,b`, `--device cpu`."""
     sizes = TINY if "--tiny" in arguments else FULL
     chosen = dict(pairwise(arguments))
-    device = torch.device(chosen.get("--device", "cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(chosen.get("--device", "cuda:0" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(0)
     names = chosen.get("--only", ",".join(SECTIONS)).split(",")
     print(json.dumps(machine(device)), flush=True)

@@ -165,7 +165,7 @@ def _one(
         clear()
         task()
     seconds = alternate(
-        {"bare": bare, "captured": captured, "written": written}, rounds=min(3, sizes.rounds), before=clear
+        {"bare": bare, "captured": captured, "written": written}, rounds=min(2, sizes.rounds), before=clear
     )
     clear()
     tokens = sum(r.n_tokens for r in rollouts)

@@ -17,6 +17,19 @@ __all__ = ["fits", "multiply"]
 
 _WORDS = 32
 """Words of a row taken at a time: 256 inputs."""
+_SHAPES = {
+    (True, 16): (64, 4, 1),
+    (True, 32): (64, 4, 1),
+    (True, 64): (64, 4, 2),
+    (True, 128): (64, 4, 1),
+    (False, 16): (64, 4, 2),
+    (False, 32): (64, 4, 2),
+    (False, 64): (64, 4, 1),
+    (False, 128): (128, 4, 1),
+}
+"""Columns of a block, warps and stages, by whether two projections are taken at once and by the rows of a tile.
+
+The fastest of those measured on an H200."""
 
 
 def fits(module: Any) -> bool:
@@ -79,7 +92,7 @@ def _launch(x: Tensor, source: Tensor, out: Tensor, tiles: _Tiles, module: Any, 
     gated = first != second
     other, other_scale = getattr(module, f"{second}_packed"), getattr(module, f"{second}_scale")
     columns, words = packed.shape[1], packed.shape[2]
-    block = 64 if gated else 128
+    block, warps, stages = _SHAPES[gated, tiles.rows]
     grid = (triton.cdiv(columns, block), tiles.most)
     _kernel[grid](
         x,
@@ -99,9 +112,15 @@ def _launch(x: Tensor, source: Tensor, out: Tensor, tiles: _Tiles, module: Any, 
         ROWS=tiles.rows,
         COLUMNS=block,
         WORDS=_WORDS,
-        num_warps=8 if tiles.rows == 128 else 4,
-        num_stages=3,
+        num_warps=warps,
+        num_stages=stages,
     )
+
+
+@triton.jit
+def _nibble(bits, j: tl.constexpr):
+    """Nibble j of each word as a signed bfloat16: 0x4300 is 128, whose last bits are ones."""
+    return (((bits >> (4 * j)) & 15) | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - 136.0
 
 
 @triton.jit
@@ -144,16 +163,16 @@ def _kernel(
         beside = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
     for start in range(0, words, WORDS):
         bits = tl.load(packed + w_at + start, mask=known[:, None], other=0)
-        by = tl.load(scale + s_at + start // group_words, mask=known[:, None], other=0.0).to(tl.float32)
+        by = tl.load(scale + s_at + start // group_words, mask=known[:, None], other=0.0)
         if GATED:
             bits2 = tl.load(other + w_at + start, mask=known[:, None], other=0)
-            by2 = tl.load(other_scale + s_at + start // group_words, mask=known[:, None], other=0.0).to(tl.float32)
+            by2 = tl.load(other_scale + s_at + start // group_words, mask=known[:, None], other=0.0)
         for j in tl.static_range(8):
             inputs = tl.load(x + x_at + start + j * words, mask=there[None, :], other=0.0)
-            weights = ((((bits >> (4 * j)) & 15) - 8).to(tl.float32) * by).to(inputs.dtype)
+            weights = _nibble(bits, j) * by
             total = tl.dot(weights, inputs, total)
             if GATED:
-                weights2 = ((((bits2 >> (4 * j)) & 15) - 8).to(tl.float32) * by2).to(inputs.dtype)
+                weights2 = _nibble(bits2, j) * by2
                 beside = tl.dot(weights2, inputs, beside)
     kind = out.dtype.element_ty
     if GATED:
