@@ -6,8 +6,10 @@ is known of the rollout. Import reads all of them back.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,17 +146,19 @@ def carry_out(
     kept = 0
     directory.mkdir(parents=True, exist_ok=True)
     spans = {str(name): group for name, group in store.annotations.groupby("rollout_id")}
-    with ThreadPoolExecutor(1, thread_name_prefix="export-read") as ahead:
+    behind = storage.WriteBehind(depth=1)
+    with ThreadPoolExecutor(2, thread_name_prefix="export-read") as ahead, closing(behind):
         reading: list[Future[dict[tuple[str, int], NDArray[Any]]]] = []
         for number, one in enumerate(exports):
-            # The next rollout is decoded while this one is written.
-            reading += [ahead.submit(_values, store, later) for later in exports[len(reading) : number + 2]]
+            # The next two rollouts are decoded while this one is written.
+            reading += [ahead.submit(_values, store, later) for later in exports[len(reading) : number + 3]]
             record = record_of(store, one.rollout_id, spans.get(one.rollout_id), stem=one.path.stem)
             one.path.parent.mkdir(parents=True, exist_ok=True)
             if one.response is not None:
                 kept += not _write_new(one.response, record)
             write_raw(one.path, reading[number].result(), record, overwrite=overwrite)
             reading[number] = Future()  # its rows are not held any longer
+            behind.push(os.open(one.path, os.O_RDONLY))
             tick(number + 1, len(exports))
     if exports[0].response is not None:
         _write_new(directory / "config.json", _config(store, variant))

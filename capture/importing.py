@@ -374,11 +374,11 @@ def _fill(writer: Writer, files: Sequence[Found], directory: Path) -> Iterator[F
             checks += [ahead.submit(check_content, later.raw.path) for later in todo[index + 1 : index + 2]]
             name = one.rollout.rollout_id
             try:
-                sha256 = checks[index].result()
+                content = checks[index].result()
                 _put(writer, one)
             except ExperimentError as error:
                 raise _Damaged(one, directory, error) from error
-            unsaid.append({"rollout_id": name, "file": one.raw.path.name, "sha256": sha256})
+            unsaid.append({"rollout_id": name, "file": one.raw.path.name, "content": content})
             if len(unsaid) == NOTE_EVERY or index + 1 == len(todo):
                 writer.note("files", unsaid)
                 unsaid = []

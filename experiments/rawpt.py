@@ -122,11 +122,13 @@ def _scan(path: Path) -> str:
                 f"{path} is no raw activation file: its archive has {len(pickles)} usable dictionaries"
             )
         _refuse_other_names(path, archive.read(pickles[0]))
-        return _hash([(one.filename.partition("/")[2], one.file_size, one.CRC) for one in members])
+        return table_hash(archive)
 
 
-def _hash(members: list[tuple[str, int, int]]) -> str:
-    return hashlib.sha256(repr(sorted(members)).encode()).hexdigest()
+def table_hash(archive: zipfile.ZipFile) -> str:
+    """Return the sha256 of what a zip says of its members: names below its top directory, sizes, CRC-32s."""
+    table = [(one.filename.partition("/")[2], one.file_size, one.CRC) for one in archive.infolist()]
+    return hashlib.sha256(repr(sorted(table)).encode()).hexdigest()
 
 
 def _refuse_other_names(path: Path, pickle: bytes) -> None:

@@ -102,7 +102,7 @@ def test_the_golden_tree_goes_in_with_all_that_is_known_of_it(tree: Path, tmp_pa
     assert provenance["model"] == {"name": "toy/it", "dtype": "bfloat16"}
     assert provenance["settings"]["imported_from"] == "pt"
     assert "lost" in provenance["tokenizer"]["text"]
-    files = {one["rollout_id"]: one["sha256"] for many in provenance["notes"]["files"] for one in many}
+    files = {one["rollout_id"]: one["content"] for many in provenance["notes"]["files"] for one in many}
     assert files == {name: check_content(GOLDEN / SET1 / f"{name}.pt") for name in "123"}
 
 
