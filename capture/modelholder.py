@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from capture.errors import CaptureError
 from capture.modelprocess import Answer, ModelProcess
-from capture.roots import same_model
 
 __all__ = ["BusyModelError", "ModelHolder", "NoModelError", "Setup"]
 
@@ -37,6 +36,8 @@ class Setup:
     batch_tokens: int | None
     chunk_tokens: int
     trust_remote_code: bool
+    adapter: str | None = None
+    quantize: str | None = None
 
 
 class ModelHolder:
@@ -126,13 +127,8 @@ class ModelHolder:
             facts["seconds"],
         )
 
-    async def replace(self, name: str) -> bool:
+    async def replace(self, name: str, *, quantize: str | None = None) -> None:
         """Load another model in the place of this one, once it is known that there is such a model.
-
-        Returns
-        -------
-        bool
-            False where it is loaded already.
 
         Raises
         ------
@@ -141,13 +137,10 @@ class ModelHolder:
         FailedRequest
             There is no such model (then this one stays), or it can't be loaded (then there is none).
         """
-        if self.state == "loaded" and same_model(name, self.setup.model):
-            return False
         if self.busy:
             raise BusyModelError(f"the model {self.name} is busy or being loaded; wait for it")
         async with self._lock:
-            await self._replace(replace(self.setup, model=name, revision=None))
-        return True
+            await self._replace(replace(self.setup, model=name, revision=None, adapter=None, quantize=quantize))
 
     async def _replace(self, setup: Setup) -> None:
         facts, fresh = self.facts, await ModelProcess.start()

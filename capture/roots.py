@@ -62,7 +62,7 @@ class Roots:
         return Target(
             tree=tree.root,
             variant=variant,
-            model=chosen.model,
+            model=_model(tree, variant),
             lora=chosen.lora,
             store=self._store(order, tree, variant),
         )
@@ -106,6 +106,13 @@ class Roots:
         if not found.is_relative_to(root) or found == root:
             raise RequestError(f"{what} leads out of the directory that this server was given, so it is refused")
         return found
+
+
+def _model(tree: Experiment, variant: str) -> str:
+    """A variant's model: the Hub's name, or its directory where the tree itself has one of that name."""
+    named = tree.variants[variant].model
+    inside = tree.root / named
+    return str(inside) if (inside / "config.json").is_file() else named
 
 
 def missing_ids(target: Target, order: CaptureOrder) -> list[str]:

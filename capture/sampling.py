@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.hub import cached_file
 
 from capture.errors import ModelError, RequestError
-from capture.loading import Loaded, ModelInfo
+from capture.loading import Loaded
+from capture.modelinfo import ModelInfo
 
 __all__ = ["generate", "with_head"]
 

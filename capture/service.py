@@ -211,10 +211,11 @@ class Service:
                 "one with the other model, or POST /model/load",
                 refused=True,
             )
-        if target.lora:
+        if target.lora != self.model.setup.adapter:
             raise FailedRequest(
-                f"variant {target.variant!r} is {target.model} with the adapter {target.lora}, and this server holds "
-                "the model without it, so what it captures would not be that variant's",
+                f"variant {target.variant!r} is {target.model} with {_adapter(target.lora)}, and this server holds it "
+                f"with {_adapter(self.model.setup.adapter)}, so what it captures would not be that variant's; "
+                "start one with the --adapter that the variant has",
                 refused=True,
             )
 
@@ -297,8 +298,13 @@ class Service:
 
     # -- the model -------------------------------------------------------------------------------------------------
 
-    async def load_model(self, name: str) -> bool:
+    async def load_model(self, name: str, *, quantize: str | None = None) -> bool:
         """Put another model in the place of the one that is loaded; see `ModelHolder.replace`.
+
+        Returns
+        -------
+        bool
+            False where it is loaded already.
 
         Raises
         ------
@@ -308,12 +314,19 @@ class Service:
             Captures wait or run: they need the model that is loaded.
         """
         self.refuse_if_closing()
-        if same_model(name, self.model.setup.model) and self.model.state == "loaded":
+        setup = self.model.setup
+        here = same_model(name, setup.model) and quantize == setup.quantize and setup.adapter is None
+        if here and self.model.state == "loaded":
             return False
-        allowed = await asyncio.to_thread(self.roots.model, name)
+        allowed = setup.model if same_model(name, setup.model) else await asyncio.to_thread(self.roots.model, name)
         if waiting := self.waiting:
             raise BusyModelError(f"task {waiting[0].id} needs the model {self.model.name}; wait for it or cancel it")
-        return await self.model.replace(allowed)
+        await self.model.replace(allowed, quantize=quantize)
+        return True
+
+
+def _adapter(name: str | None) -> str:
+    return f"the adapter {name}" if name else "no adapter"
 
 
 def _note(task: Task, event: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Query
+from fastapi import FastAPI, Query
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -157,9 +157,10 @@ def _add_model(app: FastAPI, service: Service) -> None:
         load_in_4bit: bool = False,
     ) -> ModelAnswer:
         """Load another model in the place of this one, and answer once it is there."""
-        if load_in_8bit or load_in_4bit:
-            raise HTTPException(422, "this server loads models as their checkpoints are; leave load_in_8bit and _4bit")
-        fresh = await service.load_model(model_name)
+        if load_in_8bit and load_in_4bit:
+            raise RequestError("load_in_8bit and load_in_4bit are both true; choose one")
+        quantize = "8bit" if load_in_8bit else "4bit" if load_in_4bit else None
+        fresh = await service.load_model(model_name, quantize=quantize)
         return ModelAnswer(status="loaded" if fresh else "already_loaded", model=service.model.setup.model)
 
     @app.post("/model/save", responses=_problems(409, 503))
@@ -233,17 +234,18 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(128)
+        with contextlib.ExitStack() as closing:
+            sock = closing.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            sock.listen(128)
+            closing.pop_all()
+            return sock
     except OSError as error:
         raise CaptureError(
             f"port {port} of {host} can't be used ({error.strerror or error}); is a server running there already? "
             "stop it, or give another --port"
         ) from error
-    sock.set_inheritable(False)
-    return sock
 
 
 def serve(sock: socket.socket, setup: Setup, *, roots: Roots, tasks: Path, token: str | None, host: str) -> None:

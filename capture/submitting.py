@@ -57,6 +57,12 @@ def serve(
         typer.Option("--tasks", metavar="FILE", help="Where tasks are kept; default in the store root, by port."),
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Commit, tag or branch on the Hub.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", metavar="NAME|DIR", help="A LoRA adapter over the model.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", metavar="8bit|4bit", help="Quantise with bitsandbytes while loading.")
+    ] = None,
     layers: Annotated[
         str | None, typer.Option("--layers", metavar="SPEC", help="Load no layer above these; default all.")
     ] = None,
@@ -103,6 +109,8 @@ def serve(
             batch_tokens=batch_tokens,
             chunk_tokens=chunk_tokens,
             trust_remote_code=trust_remote_code,
+            adapter=adapter,
+            quantize=quantize,
         ),
         roots=Roots(experiments=trees, stores=stores, models=models_root.resolve() if models_root else None),
         tasks=tasks or stores / f".capture-tasks-{sock.getsockname()[1]}.sqlite",

@@ -6,6 +6,7 @@ save or cancel. What goes out: any number of `{"id", "event"}`, then `{"id", "ok
 It ends when standard input does, so that it never outlives the server, however that came to its end.
 """
 
+import contextlib
 import gc
 import json
 import logging
@@ -21,12 +22,14 @@ from typing import Any, Protocol, TextIO
 import torch
 from torch import nn
 
-from capture import loading
+from capture import cache, loading
 from capture.components import ComponentTable, describe_components, find_components
-from capture.errors import ModelError, RequestError
+from capture.errors import CacheError, ModelError, RequestError
 from capture.experiment_source import read_tree
 from capture.layerspec import parse_layers
-from capture.loading import Loaded, ModelInfo
+from capture.loaders import build_cache, wanted_cache
+from capture.loading import Loaded
+from capture.modelinfo import ModelInfo
 from capture.request import Choice, Request, Settings, plans_of, provenance_of, read_request
 from capture.runner import Tick, carry_out
 from capture.sampling import generate, with_head
@@ -116,7 +119,11 @@ class _Worker:
     def _describe(self, asked: Mapping[str, Any], say: Say) -> Answer:
         setup = self._setup = asked["setup"]
         info = loading.describe(
-            setup["model"], revision=setup["revision"], trust_remote_code=setup["trust_remote_code"]
+            setup["model"],
+            revision=setup["revision"],
+            trust_remote_code=setup["trust_remote_code"],
+            adapter=setup["adapter"],
+            quantize=setup["quantize"],
         )
         layers = parse_layers(setup["layers"] or "all", info.n_layers)
         table = describe_components(
@@ -246,7 +253,26 @@ class _Worker:
         return {"responses": responses}
 
     def _save(self, asked: Mapping[str, Any], say: Say) -> Answer:
-        raise RequestError("this version keeps no fast-load cache, so there is nothing to save the model to")
+        loaded, table = self._ready()
+        info, setup = loaded.info, self._setup
+        if info.adapter or info.quantize:
+            raise RequestError("a cache holds a checkpoint as it is, and this model has an adapter or is quantised")
+        order = loading.order_of(
+            info,
+            dtype=setup["dtype"],
+            device=setup["device"],
+            layers=range(loaded.n_layers),
+            attn_implementation=loaded.attn_implementation,
+        )
+        wanted = wanted_cache(info, order.directory, dtype=order.dtype, n_layers=order.n_layers)
+        directory = cache.default_directory(wanted)
+        with contextlib.suppress(CacheError):
+            cache.check(cache.read(directory), wanted, directory)
+            return {"status": "already_saved", "cache_dir": str(directory)}
+        versions = self._identity["versions"]
+        build_cache(order, loaded.model, directory, blocks=table.blocks, versions=versions, tick=lambda _, __: None)
+        LOG.info("saved the cache %s", directory)
+        return {"status": "saved", "cache_dir": str(directory)}
 
 
 def _sentence(error: Exception) -> str | None:
