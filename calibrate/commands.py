@@ -49,6 +49,9 @@ def calibrate(
     no_pass: Annotated[
         bool, typer.Option("--no-pass", help="Only what follows from the statistics kept at capture; read no data.")
     ] = False,
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="Add each rollout's tokens and values at its massive dims to the JSON.")
+    ] = False,
     export: Annotated[
         str | None, typer.Option("--export", metavar="|".join(EXPORTS), help="Write a file in this form to --out.")
     ] = None,
@@ -77,6 +80,8 @@ def calibrate(
     """Calibrate stores; what follows from the statistics kept at capture takes no pass over the data."""
     names = console.parse_list(components) or ()
     _check_choices(export=export, out=out, names=names)
+    if per_token and (no_pass or (export != "json" and experiment is None)):
+        raise typer.BadParameter("--per-token needs --export json or --experiment, and the pass; leave --no-pass out.")
     paths, variant = _stores(stores, experiment, variant=model_variant, prompt_set=prompt_set)
     from calibrate.keeping import check_places
 
@@ -99,7 +104,16 @@ def calibrate(
         threshold=threshold,
         memory=memory,
     )
-    written = _written(found[0], export, out, experiment=experiment, variant=variant, prompt_set=prompt_set, plot=plot)
+    written = _written(
+        found[0],
+        export,
+        out,
+        experiment=experiment,
+        variant=variant,
+        prompt_set=prompt_set,
+        plot=plot,
+        per_token=memory if per_token else None,
+    )
     _show(found, _saved(found, keep) if kept else [], written, as_json=as_json)
 
 
@@ -247,8 +261,9 @@ def _written(
     variant: str,
     prompt_set: str | None,
     plot: Path | None,
+    per_token: int | None,
 ) -> list[Path]:
-    """Write the files that were asked for."""
+    """Write the files that were asked for; `per_token` is the allowance for reading each rollout's values again."""
     from calibrate.export import massive_file, per_layer_file, write_experiment
     from experiments.projections import write_json
 
@@ -257,12 +272,17 @@ def _written(
         "experiment": "" if experiment is None else experiment.resolve().name,
         "model_variant": variant,
     }
+    detail: dict[str, Any] = {}
+    if per_token is not None:
+        from calibrate.per_token import per_rollout
+
+        detail["per_prompt"] = per_rollout(found.data, memory=per_token)
     if export == "json" and out is not None:
-        files.append(write_json(out, massive_file(found.data, **about, prompt_set=prompt_set or "")))
+        files.append(write_json(out, massive_file(found.data, **about, **detail, prompt_set=prompt_set or "")))
     if export == "per-layer" and out is not None:
         files.append(write_json(out, per_layer_file(found.data, **about)))
     if experiment is not None and prompt_set is not None:
-        files += write_experiment(found.data, experiment, variant=variant, prompt_set=prompt_set)
+        files += write_experiment(found.data, experiment, variant=variant, prompt_set=prompt_set, **detail)
     if plot is not None:
         from calibrate.plot import save_plot
 

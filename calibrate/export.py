@@ -15,6 +15,7 @@ from experiments.projections import (
     MassiveActivations,
     MassiveAggregate,
     MassiveDim,
+    MassivePrompt,
     PerLayerStats,
     massive_paths,
     numbers,
@@ -27,7 +28,13 @@ _COMPONENT_KEYS = {"attn_contribution": "attn_norms", "mlp_contribution": "mlp_n
 
 
 def massive_file(
-    data: xr.Dataset, *, experiment: str = "", model_variant: str = "", prompt_set: str = "", calibration: bool = False
+    data: xr.Dataset,
+    *,
+    experiment: str = "",
+    model_variant: str = "",
+    prompt_set: str = "",
+    calibration: bool = False,
+    per_prompt: Mapping[str, MassivePrompt] | None = None,
 ) -> MassiveActivations:
     """Return a calibration as the massive-activations file of a prompt set.
 
@@ -39,6 +46,8 @@ def massive_file(
         What the file says of itself.
     calibration : bool
         Whether the set was made for calibrating.
+    per_prompt : mapping of rollout id to MassivePrompt, optional
+        From `calibrate.per_token.per_rollout`.
     """
     norms: dict[str, ArrayLike] = {}
     if "component_norm" in data:
@@ -63,6 +72,7 @@ def massive_file(
         is_calibration=calibration,
         layers=layers,
         aggregate=made,
+        **({} if per_prompt is None else {"per_prompt": dict(per_prompt)}),
     )
 
 
@@ -106,17 +116,27 @@ def per_layer_file(data: xr.Dataset, *, experiment: str = "", model_variant: str
     )
 
 
-def write_experiment(data: xr.Dataset, experiment: Path, *, variant: str, prompt_set: str) -> list[Path]:
+def write_experiment(
+    data: xr.Dataset,
+    experiment: Path,
+    *,
+    variant: str,
+    prompt_set: str,
+    per_prompt: Mapping[str, MassivePrompt] | None = None,
+) -> list[Path]:
     """Write a calibration to every place of an experiment tree where a tool looks for it; return the files.
 
     They are the prompt set's own file, the two places of `calibration.json`, and `per_layer_stats.json` where the
-    calibration has what goes into it.
+    calibration has what goes into it. What was found in each rollout goes into the prompt set's own file.
     """
-    about = {"experiment": experiment.resolve().name, "model_variant": variant}
+    about: dict[str, Any] = {"experiment": experiment.resolve().name, "model_variant": variant}
     own = prompt_set.strip("_").startswith("calibration")
     record = massive_file(data, **about, prompt_set=prompt_set, calibration=own)
     paths = massive_paths(experiment, variant=variant, prompt_set=prompt_set, calibration=True)
     written = [write_json(path, record) for path in dict.fromkeys(paths)]
+    if per_prompt is not None:
+        detailed = massive_file(data, **about, prompt_set=prompt_set, calibration=own, per_prompt=per_prompt)
+        write_json(paths[0], detailed)
     if "percentiles" in data and data.sizes["recommended"]:
         stats = per_layer_file(data, experiment=about["experiment"], model_variant=variant)
         written.append(write_json(paths[1].with_name("per_layer_stats.json"), stats))

@@ -115,6 +115,44 @@ def test_it_exports_valid_json_with_a_layers_list(store: Path, tmp_path: Path, r
     assert set(per_layer["per_layer"]["10"]["3"]) == {"ratio", "cv", "p5_ratio", "pct_above_10x"}
 
 
+def test_every_token_at_the_massive_dims(store: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "massive.json"
+    assert run(store, "--export", "json", "--out", out, "--per-token", "--top-k", "2", "--memory", "1MB").code == 0
+    found, rows = read_massive(out).per_prompt, random_rows(1, LENGTHS, LAYERS)
+    assert found is not None
+    assert set(found) == set(ENDS)
+    for name, one in found.items():
+        half = slice(0, ENDS[name]) if ENDS[name] else slice(None)
+        for layer in LAYERS:
+            values, magnitude = rows[name][layer].astype(np.float64), np.abs(rows[name][layer].astype(np.float64))[half]
+            peaks = magnitude.max(axis=0)
+            order = sorted(range(16), key=lambda d, peaks=peaks: -peaks[d])[:2]  # type: ignore[misc]
+            ratios = [peaks[d] / sorted(peaks)[7] for d in order]
+            want = [
+                (d, round(peaks[d], 2), round(magnitude[:, d].mean(), 4), round(r, 1), r > 100)
+                for d, r in zip(order, ratios, strict=True)
+            ]
+            entries = one.massive_dims[layer]
+            assert [(e.dim, e.max_val, e.mean_val, e.ratio, e.is_massive) for e in entries] == want
+            for dim in one.tracked_dims:
+                assert one.prompt_dim_values[layer][dim] == values[: ENDS[name], dim].tolist()
+                assert one.response_dim_values[layer][dim] == values[ENDS[name] :, dim].tolist()
+            for part, ranges in (
+                (values[: ENDS[name]], one.prompt_mean_alignment),
+                (values[ENDS[name] :], one.response_mean_alignment),
+            ):
+                assert (layer in ranges) == (len(part) > 0)
+                if len(part):
+                    mean = part.mean(axis=0)
+                    cosines = (part @ mean) / np.linalg.norm(part, axis=1) / np.linalg.norm(mean)
+                    assert (ranges[layer].min, ranges[layer].max) == (round(cosines.min(), 4), round(cosines.max(), 4))
+        listed = {e.dim for entries in one.massive_dims.values() for e in entries}
+        massive = {e.dim for entries in one.massive_dims.values() for e in entries if e.is_massive}
+        assert one.tracked_dims == sorted(massive or listed)[:5]
+        assert 3 in one.tracked_dims, "the planted dimension"
+        assert (len(one.prompt_tokens), len(one.response_tokens)) == (ENDS[name], LENGTHS[int(name)] - ENDS[name])
+
+
 def run_per_layer(store: Path, tmp_path: Path, run: Any) -> Path:
     out = tmp_path / "per_layer_stats.json"
     assert run(store, "--export", "per-layer", "--out", out).code == 0
@@ -193,6 +231,8 @@ def test_a_store_that_cannot_be_written(read_only: Path, tmp_path: Path, run: An
         (("run.zarr", "--components", "mlp_out"), 2, "'mlp_out' is not captured"),
         (("run.zarr", "--top-k", "17"), 2, "top_k is 17, which is none of the 1 to 16 dimensions"),
         (("run.zarr", "--export", "json"), 2, "--export json needs --out PATH"),
+        (("run.zarr", "--per-token"), 2, "--per-token needs --export json or --experiment"),
+        (("run.zarr", "--per-token", "--export", "json", "--out", "x", "--no-pass"), 2, "leave --no-pass out"),
         (("run.zarr", "--export", "csv", "--out", "x"), 2, "--export 'csv' is not known"),
         (("run.zarr", "--export", "json", "--out", "x", "--components", "a,b"), 2, "writes one component's file"),
         (("run.zarr", "--model-variant", "x"), 2, "belong to an --experiment"),
