@@ -12,7 +12,7 @@ QUIET_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=
 TEST_ENV := $(QUIET_ENV) HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 COLUMNS=120 NO_COLOR=1
 JOBS ?= 2
 
-.PHONY: setup demo test check lint types imports bench bench-store bench-capture bench-import bench-project bench-scale bench-faults clean
+.PHONY: setup demo test check lint types imports bench bench-calibrate bench-store bench-capture bench-import bench-project bench-scale bench-faults clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -53,7 +53,7 @@ imports: setup
 	$(BIN)/lint-imports
 
 # Rates are ratios to references measured in the same run; the thread pools are the machine's own.
-bench: bench-store bench-capture bench-project
+bench: bench-store bench-capture bench-project bench-calibrate
 
 bench-store: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.store $(BENCH_ARGS)
@@ -63,6 +63,9 @@ bench-capture: setup
 
 bench-project: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.project $(BENCH_ARGS)
+
+bench-calibrate: setup
+	$(QUIET_ENV) $(BIN)/python -m benchmarks.calibrate $(BENCH_ARGS)
 
 # 88 GB by hard links: it takes minutes, and is no part of `make bench`.
 bench-scale: setup
