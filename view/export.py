@@ -80,7 +80,7 @@ def _together(model: Model, names: tuple[str, ...], *, how: Treatment, look: Loo
         plot = Lines(f"{model.directions['direction'].iloc[j]} of all", look, y=how.unit, height=240)
         plot.draw(aligned.position.values, {name: aligned.values[i, :, j] for i, name in enumerate(names)})
         plot.show_fork(fork - 0.5)
-        plots.append(plot.panel())
+        plots.append(plot.panel(static=True))
     return pn.Column(html(f"<h2>The same up to token {fork}</h2>"), *plots, sizing_mode="stretch_width")
 
 
@@ -104,5 +104,5 @@ def _one(model: Model, name: str, *, how: Treatment, look: Look) -> pn.Column:
         chosen = picked(model.directions)
         plot.draw(range(len(values)), {labels[j]: values[:, j] for j in chosen}, texts=texts_of(model, name))
         plot.show_bands(bands_of(model, name))
-        parts += [plot.panel(), shade]
+        parts += [plot.panel(static=True), shade]
     return pn.Column(*parts, text, sizing_mode="stretch_width")

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import panel as pn
-from bokeh.events import Tap
+from bokeh.events import RangesUpdate, Tap
 from bokeh.models import (
     BasicTicker,
     ColorBar,
     ColumnDataSource,
+    CustomJS,
+    CustomJSHover,
     FixedTicker,
     HoverTool,
     Legend,
@@ -22,7 +24,7 @@ from bokeh.models import (
 from bokeh.plotting import figure
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["COLOURS", "Heatmap", "Lines", "Look", "diverging", "robust_range"]
+__all__ = ["COLOURS", "Heatmap", "Lines", "Look", "diverging", "robust_range", "thin"]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7f3c8d", "#8c564b", "#6b6b6b", "#11a579")
 """Okabe and Ito's, and some beside them; line styles tell apart those that come again."""
@@ -32,7 +34,12 @@ BELOW, ABOVE = (43, 131, 226), (230, 97, 1)
 STATIC = Path(__file__).with_name("static")
 TOOLS = "pan,xwheel_zoom,box_zoom,reset"
 SINK = 4
-Floats = NDArray[np.floating]
+MOST_POINTS = 3000
+"""Of one curve: more than a screen has columns for."""
+TEXT_AT = "const all = texts.data.text; return all.length > value ? all[Math.round(value)] : '';"
+Floats = NDArray[Any]
+Curve = tuple[NDArray[np.float32], ...]
+"""Values, and perhaps a lower and an upper bound."""
 
 
 class Look:
@@ -88,39 +95,81 @@ def robust_range(values: ArrayLike, *, skip: int = SINK) -> tuple[float, float]:
     return low - room, high + room
 
 
+def thin(x: Floats, y: Floats, *, between: tuple[float, float], most: int = MOST_POINTS) -> NDArray[np.int64]:
+    """Return the places of the points that show a curve: all of a short part, else each run's smallest and largest.
+
+    Parameters
+    ----------
+    x, y : arrays (point,)
+        x ascending.
+    between : (float, float)
+        The part of x that is seen; one point more to each side is kept, so that the line leaves the frame.
+    most : int
+        Points at most.
+    """
+    first = max(0, int(np.searchsorted(x, between[0])) - 1)
+    last = min(len(x), int(np.searchsorted(x, between[1], side="right")) + 1)
+    if last - first <= most:
+        return np.arange(first, last)
+    size = -(-(last - first) // (most // 2))
+    runs = -(-(last - first) // size)
+    padded = np.full(runs * size, np.nan)
+    padded[: last - first] = y[first:last]
+    known = np.isfinite(padded).reshape(runs, size)
+    rows = padded.reshape(runs, size)
+    ends = (np.where(known, rows, np.inf).argmin(axis=1), np.where(known, rows, -np.inf).argmax(axis=1))
+    places = np.unique(np.concatenate([first + np.arange(runs) * size + end for end in ends]))
+    return places[places < last]
+
+
 class _Plot:
     """A figure with buttons that save it."""
 
-    def __init__(self, plot: Any, source: ColumnDataSource, *, look: Look, name: str) -> None:
-        self.plot, self.source, self.look, self.name = plot, source, look, name
+    def __init__(self, plot: Any, *, look: Look, name: str) -> None:
+        self.plot, self.look, self.name = plot, look, name
         look.dress(plot)
-        self.columns = ColumnDataSource(tags=[[]])  # which columns the CSV has: (key, heading)
-        self.heat: ColumnDataSource | None = None
+        self.saved = ColumnDataSource()
 
-    def panel(self) -> pn.Column:
-        """The figure, its title and its buttons."""
-        args: dict[str, Any] = {"figure": self.plot, "source": self.source, "columns": self.columns, "heat": self.heat}
+    def table(self) -> dict[str, Any]:
+        """All that is drawn, by heading."""
+        raise NotImplementedError
+
+    def panel(self, *, static: bool = False) -> pn.Column:
+        """The figure, its title and its buttons.
+
+        Parameters
+        ----------
+        static : bool
+            There will be no server to ask for the numbers, so that they go with the page.
+        """
+        stem = self.name.replace(" ", "-")
         code = (STATIC / "download.js").read_text(encoding="utf-8")
+        args: dict[str, Any] = {"figure": self.plot, "saved": self.saved, "stem": stem}
         buttons = []
         for kind in ("png", "svg", "csv"):
-            button = pn.widgets.Button(
-                name=kind.upper(),
-                description=f"Save {self.name} as {kind.upper()}",
-                css_classes=["save", f"save-{kind}", f"save-{self.name.replace(' ', '-')}"],
-                height=26,
-                margin=(0, 2),
-            )
-            stem = self.name.replace(" ", "-")
-            button.js_on_click(args=args, code=f"const kind = {kind!r}; const name = {stem!r};\n{code}")
+            button = pn.widgets.Button(name=kind.upper(), css_classes=["save"], height=26, margin=(0, 2))
             buttons.append(button)
+            if kind != "csv" or static:
+                button.js_on_click(args=args, code=f"const kind = {kind!r};\n{code}")
+        if static:
+            self.saved.data = self.table()
+        else:
+            self.saved.js_on_change("data", CustomJS(args=args, code=f'const kind = "csv";\n{code}'))
+            buttons[-1].on_click(lambda _: self._save())
         drawn = pn.pane.Bokeh(self.plot, sizing_mode="stretch_width", margin=0)
-        return pn.Column(
-            drawn, pn.Row(*buttons, align="end", margin=0), sizing_mode="stretch_width", margin=(0, 0, 10, 0)
-        )
+        row = pn.Row(*buttons, align="end", margin=0)
+        return pn.Column(drawn, row, sizing_mode="stretch_width", margin=(0, 0, 10, 0))
+
+    def _save(self) -> None:
+        self.saved.data = {}
+        self.saved.data = self.table()
 
 
 class Lines(_Plot):
     """Curves over one axis, with a cursor, bands and marks.
+
+    Of a long curve only what a screen can show is sent, the smallest and largest value of each run of points; a part
+    that is zoomed into is sent as it is.
 
     Parameters
     ----------
@@ -144,7 +193,6 @@ class Lines(_Plot):
         height: int = 320,
         tapped: Callable[[float], None] | None = None,
     ) -> None:
-        source = ColumnDataSource({"x": np.empty(0)})
         plot = figure(
             height=height,
             sizing_mode="stretch_width",
@@ -157,33 +205,32 @@ class Lines(_Plot):
             y_range=Range1d(-1, 1),
             name=name.replace(" ", "-"),
         )
-        super().__init__(plot, source, look=look, name=name)
-        self._x_label, self._renderers, self._areas = x, list[Any](), list[Any]()
+        super().__init__(plot, look=look, name=name)
+        self._x_label = x
+        self._lines, self._areas = list[Any](), list[Any]()
+        self._x: Floats = np.empty(0)
+        self._curves: dict[str, Curve] = {}
+        self._texts = ColumnDataSource({"text": []})
+        self._hover = CustomJSHover(args={"texts": self._texts}, code=TEXT_AT)
         self.bands = ColumnDataSource({"x0": [], "x1": [], "colour": [], "alpha": [], "label": []})
-        self._add_bands()
-        self.legend = Legend(click_policy="hide", location="center", orientation="vertical")
-        look.dress_legend(self.legend)
-        plot.add_layout(self.legend, "right")
-        self.cursor = Span(dimension="height", line_color=look.ink, line_width=1, visible=False, name="cursor")
-        self.fork = Span(
-            dimension="height", line_color="#d55e00", line_dash="dashed", line_width=2, visible=False, name="fork"
-        )
-        self.zero = Span(location=0, dimension="width", line_color=look.ink, line_width=0.5, line_alpha=0.5)
-        for mark in (self.cursor, self.fork, self.zero):
-            plot.add_layout(mark)
+        self._dress()
+        plot.on_event(RangesUpdate, lambda event: self._zoomed(event.x0, event.x1))
         if tapped is not None:
             plot.on_event(Tap, lambda event: tapped(event.x))
 
-    def _add_bands(self) -> None:
-        self.plot.vstrip(
-            x0="x0",
-            x1="x1",
-            source=self.bands,
-            fill_color="colour",
-            fill_alpha="alpha",
-            line_color=None,
-            level="underlay",
-        )
+    def _dress(self) -> None:
+        plot, look = self.plot, self.look
+        strips = {"fill_color": "colour", "fill_alpha": "alpha", "line_color": None, "level": "underlay"}
+        plot.vstrip(x0="x0", x1="x1", source=self.bands, **strips)
+        self.legend = Legend(click_policy="hide", location="center", orientation="vertical")
+        look.dress_legend(self.legend)
+        plot.add_layout(self.legend, "right")
+        upright: dict[str, Any] = {"dimension": "height", "visible": False}
+        self.cursor = Span(line_color=look.ink, line_width=1, name="cursor", **upright)
+        self.fork = Span(line_color="#d55e00", line_dash="dashed", line_width=2, name="fork", **upright)
+        self.zero = Span(location=0, dimension="width", line_color=look.ink, line_width=0.5, line_alpha=0.5)
+        for mark in (self.cursor, self.fork, self.zero):
+            plot.add_layout(mark)
 
     def draw(
         self,
@@ -192,96 +239,95 @@ class Lines(_Plot):
         *,
         bands: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
         texts: Sequence[str] | None = None,
-        colours: Sequence[str] | None = None,
     ) -> None:
         """Show other curves.
 
         Parameters
         ----------
         x : array (point,)
+            Ascending.
         curves : mapping of name to array (point,)
         bands : mapping of a curve's name to its lower and upper bound
         texts : sequence of str, optional
             What stands at each point, for the hover.
-        colours : sequence of str, optional
         """
-        keys = [f"y{j}" for j in range(len(curves))]
-        data: dict[str, Any] = {
-            "x": np.asarray(x),
-            "text": list(texts) if texts is not None else [""] * len(np.asarray(x)),
+        self._x = np.asarray(x)
+        self._curves = {
+            name: tuple(np.asarray(one, np.float32) for one in (values, *((bands or {}).get(name, ()))))
+            for name, values in curves.items()
         }
-        data |= {key: np.asarray(values, np.float32) for key, values in zip(keys, curves.values(), strict=True)}
-        for j, name in enumerate(curves):
-            low, high = (bands or {}).get(name, (data[keys[j]], data[keys[j]]))
-            if bands:
-                data |= {f"low{j}": np.asarray(low, np.float32), f"high{j}": np.asarray(high, np.float32)}
-        headings = [("x", self._x_label), *([("text", "text")] if texts is not None else [])]
-        for j, name in enumerate(curves):
-            headings += [
-                (f"y{j}", name),
-                *([(f"low{j}", f"{name} low"), (f"high{j}", f"{name} high")] if bands else []),
-            ]
-        self._make(len(curves), areas=bool(bands))
-        self._give(data)
-        self.columns.tags = [headings]
-        self._name(list(curves), colours or COLOURS, areas=bool(bands))
-        everything = [data[key] for key in keys] + [
-            data[f"{side}{j}"] for j in range(len(keys)) for side in ("low", "high") if bands
-        ]
-        self._frame(np.asarray(x, np.float64), np.stack(everything, axis=1) if everything else np.empty((0, 0)))
+        given = list(texts or [])
+        if self._texts.data["text"] != given:
+            self._texts.data = {"text": given}
+        self._name(list(curves))
+        columns = [one for curve in self._curves.values() for one in curve]
+        self._frame(np.stack(columns, axis=1) if columns else np.empty((0, 0)))
+        self._send(float(self.plot.x_range.start), float(self.plot.x_range.end))
 
-    def _give(self, data: dict[str, Any]) -> None:
-        """Send only the columns that are other ones, where the points are the same."""
-        now: Any = self.source.data
-        same = now.keys() == data.keys() and len(now["x"]) == len(data["x"])
-        if same and self._same_texts(now["text"], data["text"]) and np.array_equal(now["x"], data["x"]):
-            now.update({key: values for key, values in data.items() if key not in ("x", "text")})
-        else:
-            self.source.data = data
+    def table(self) -> dict[str, Any]:
+        """All that is drawn, by heading; nothing is thinned out."""
+        columns: dict[str, Any] = {self._x_label: self._x}
+        texts = self._texts.data["text"]
+        if len(texts) == len(self._x) and len(texts):
+            columns["text"] = texts
+        for name, curve in self._curves.items():
+            columns |= dict(zip((name, f"{name} low", f"{name} high"), curve, strict=False))
+        return columns
 
-    @staticmethod
-    def _same_texts(a: Sequence[str], b: Sequence[str]) -> bool:
-        return a is b or list(a) == list(b)
-
-    def _frame(self, x: Floats, values: Floats) -> None:
+    def _frame(self, values: Floats) -> None:
+        x = self._x
         low, high = robust_range(values, skip=SINK if not len(x) or x[0] == 0 else 0)
         self.plot.y_range.update(start=low, end=high, reset_start=low, reset_end=high)
         first, last = (float(x[0]), float(x[-1])) if len(x) > 1 else (0.0, 1.0)
         if (self.plot.x_range.reset_start, self.plot.x_range.reset_end) != (first, last):
             self.plot.x_range.update(start=first, end=last, reset_start=first, reset_end=last)
 
-    def _make(self, count: int, *, areas: bool) -> None:
-        while areas and len(self._areas) < count:
-            j = len(self._areas)
-            self._areas.append(self.plot.varea("x", f"low{j}", f"high{j}", source=self.source, fill_alpha=0.2))
-        while len(self._renderers) < count:
-            j = len(self._renderers)
-            line = self.plot.line("x", f"y{j}", source=self.source, line_width=1.6)
-            hover = HoverTool(
+    def _zoomed(self, start: float, end: float) -> None:
+        if len(self._x) > MOST_POINTS:
+            self._send(start, end)
+
+    def _send(self, start: float, end: float) -> None:
+        for j, curve in enumerate(self._curves.values()):
+            places = thin(self._x, curve[0], between=(start, end))
+            data = {"x": self._x[places], "y": curve[0][places]}
+            if len(curve) > 1:
+                data |= {"low": curve[1][places], "high": curve[2][places]}
+            else:
+                data |= {"low": data["y"], "high": data["y"]}
+            self._lines[j].data_source.data = data
+
+    def _add(self) -> None:
+        """Add one more curve, drawn when it has a name."""
+        source = ColumnDataSource({name: [] for name in ("x", "y", "low", "high")})
+        self._areas.append(self.plot.varea("x", "low", "high", source=source, fill_alpha=0.2))
+        line = self.plot.line("x", "y", source=source, line_width=1.6)
+        tooltips = [("", "$name"), (self._x_label, "$snap_x"), ("text", "@x{custom}"), ("value", "$snap_y")]
+        self.plot.add_tools(
+            HoverTool(
                 renderers=[line],
                 line_policy="nearest",
-                tooltips=[("", "$name"), (self._x_label, "@x"), ("text", "@text"), ("value", "$snap_y")],
+                tooltips=tooltips,
+                formatters={"@x": self._hover},
                 visible=False,
             )
-            self.plot.add_tools(hover)
-            self._renderers.append(line)
+        )
+        self._lines.append(line)
 
-    def _name(self, names: Sequence[str], colours: Sequence[str], *, areas: bool) -> None:
-        items = []
-        for j, line in enumerate(self._renderers):
-            shown = j < len(names)
-            line.visible = shown
-            if not shown:
-                continue
-            line.name = names[j]
-            colour, dash = colours[j % len(colours)], DASHES[(j // len(colours)) % len(DASHES)]
-            line.glyph.update(line_color=colour, line_dash=dash)
-            items.append(LegendItem(label=names[j], renderers=[line]))
-        for j, area in enumerate(self._areas):
-            area.visible = areas and j < len(names)
-            area.glyph.fill_color = colours[j % len(colours)]
+    def _name(self, names: Sequence[str]) -> None:
+        while len(self._lines) < len(names):
+            self._add()
+        banded = [len(curve) > 1 for curve in self._curves.values()]
+        for j, (line, area) in enumerate(zip(self._lines, self._areas, strict=True)):
+            line.visible = j < len(names)
+            area.visible = j < len(names) and banded[j]
+            if line.visible:
+                line.name = names[j]
+                colour, dash = COLOURS[j % len(COLOURS)], DASHES[(j // len(COLOURS)) % len(DASHES)]
+                line.glyph.update(line_color=colour, line_dash=dash)
+                area.glyph.fill_color = colour
         if [item.label.value for item in self.legend.items] != list(names):
-            self.legend.items = items
+            items = zip(names, self._lines, strict=False)
+            self.legend.items = [LegendItem(label=name, renderers=[line]) for name, line in items]
 
     def show_bands(self, bands: Sequence[tuple[float, float, str, float, str]]) -> None:
         """Shade ranges of x: (from, to, colour, opacity, label)."""
@@ -342,7 +388,10 @@ class Heatmap(_Plot):
             y_range=Range1d(0, 1),
             name=name.replace(" ", "-"),
         )
-        super().__init__(plot, source, look=look, name=name)
+        super().__init__(plot, look=look, name=name)
+        self.source = source
+        self._rows: list[str] = []
+        self._columns: list[str] = []
         plot.grid.visible = False
         self.mapper = LinearColorMapper(palette=diverging(dark=look.dark), low=-1, high=1, nan_color="#8a8a8a")
         image = plot.image("image", x=0, y=0, dw="dw", dh="dh", source=source, color_mapper=self.mapper)
@@ -358,9 +407,13 @@ class Heatmap(_Plot):
         self.cursor = Span(dimension="height", line_color=look.ink, line_width=1, visible=False, name="cursor")
         plot.add_layout(self.cursor)
         plot.add_tools(HoverTool(renderers=[image], tooltips=[(x, "$x{0}"), ("value", "@image")], visible=False))
-        self.heat = ColumnDataSource(tags=[{"rows": [], "columns": []}])
         if tapped is not None:
             plot.on_event(Tap, lambda event: tapped(int(event.x), int(event.y)))
+
+    def table(self) -> dict[str, Any]:
+        """A row for each of the matrix."""
+        image = self.source.data["image"][0]
+        return {"": self._rows, **{f"{name}": image[:, j] for j, name in enumerate(self._columns) if self._rows}}
 
     def draw(
         self,
@@ -398,8 +451,7 @@ class Heatmap(_Plot):
         self.mapper.update(low=-top, high=top)
         self.bar.title = unit
         self.source.data = {"image": [image], "dw": [max(1, n_columns)], "dh": [max(1, n_rows)]}
-        assert self.heat is not None
-        self.heat.tags = [{"rows": list(rows), "columns": names}]
+        self._rows, self._columns = list(rows), names
         plot = self.plot
         plot.height = 90 + 20 * max(2, min(n_rows, 24))
         for bounds, size in ((plot.x_range, max(1, n_columns)), (plot.y_range, max(1, n_rows))):
