@@ -9,11 +9,14 @@ from typing import Annotated
 import typer
 
 from datastore import console
+from experiments.secret_number import analysis_commands
 from experiments.secret_number.places import DATA, MODELS
 
 __all__ = ["app"]
 
 app = console.CommandGroup(help="A tiny model that plays the secret-number game, honestly and not: how it was made.")
+
+analysis_commands.register(app)
 
 Variant = Annotated[str, typer.Option("--model-variant", metavar="|".join(MODELS), help="Which model.")]
 Root = Annotated[Path, typer.Option("--out", metavar="DIR", help="The experiment tree.", show_default="the package's")]

@@ -1,0 +1,139 @@
+"""A finding and a report as tables: on the terminal with rich, in the document as Markdown, both from the same rows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datastore import console
+
+__all__ = ["BLOCKS", "filled", "show"]
+
+Rows = Sequence[Sequence[str]]
+_PLACES = {"start": "the answer's first token", "claim": "the token that decides the truth", "stop": "the full stop"}
+
+
+def interval(one: Mapping[str, Any] | None) -> str:
+    """Return an AUROC or mean with its 95 % range."""
+    if one is None:
+        return ""
+    middle = one["value"] if "value" in one else one["mean"]
+    low, high = one["low"], one["high"]
+    return f"{middle:.3f}" if low is None or low != low else f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def readings(found: Mapping[str, Any]) -> Rows:
+    """A row for each reading: its numbers of answers, its AUROC, and what the controls give at the same tokens."""
+    rows = [["read", "false", "true", "direction", "shuffled labels", "random directions", "token ids", "embedding"]]
+    for name, one in found["readings"].items():
+        controls = [one[key] for key in ("auroc", "shuffled_labels", "random_directions")]
+        words = [one.get(key) for key in ("token_ids", "embedding")]
+        rows.append([name, str(one["n_false"]), str(one["n_true"]), *map(interval, controls), *map(interval, words)])
+    return rows
+
+
+def survives(found: Mapping[str, Any]) -> Rows:
+    """A row for each control: does the direction stand out from it."""
+    return [["control", "survives"], *([name, "yes" if yes else "no"] for name, yes in found["survives"].items())]
+
+
+def first(found: Mapping[str, Any]) -> Rows:
+    """A row for each place: the first offset at which the score separates."""
+    rows = [["tokens counted from", "all answers", "equal sentences"]]
+    for place, named in _PLACES.items():
+        at = [found["first_separates"].get(key) for key in (place, f"{place}, equal sentences")]
+        rows.append([named, *("nowhere" if one is None else f"{one:+d}" for one in at)])
+    return rows
+
+
+def layers(found: Mapping[str, Any]) -> Rows:
+    """A row for each layer, with the direction that was learned there."""
+    keys = ("all_before", "all_full_stop", "equal_sentences_before", "equal_sentences_full_stop")
+    head = ["layer", "before the answer", "at the full stop", "equal sentences, before", "equal sentences, full stop"]
+    return [head, *([str(row["layer"]), *(interval(row.get(key)) for key in keys)] for row in found["layers"])]
+
+
+def pairs(found: Mapping[str, Any]) -> Rows:
+    """A row for each place that pairs were compared at."""
+    of = found["pairs"]
+    rows = [["read", "pairs", "the false answer scores higher in"]]
+    return [*rows, *([name, str(of["n_pairs"]), interval(one)] for name, one in of.items() if name != "n_pairs")]
+
+
+def fitted(report: Mapping[str, Any]) -> Rows:
+    """A row for each direction that was learned, on single questions that were held out of its fitting."""
+    rows = [["trait", "method", "layer", "AUROC held out", "relearned from shuffled labels", "token ids only"]]
+    for one in report["fitted"]:
+        area = {"value": one["auroc"], "low": one["auroc_low"], "high": one["auroc_high"]}
+        shuffled = {"mean": one["auroc_shuffled"], "low": one["auroc_shuffled_low"], "high": one["auroc_shuffled_high"]}
+        words = f"{one['auroc_token_ids']:.3f}"
+        rows.append([one["trait"], one["method"], str(one["layer"]), interval(area), interval(shuffled), words])
+    return rows
+
+
+def steered(report: Mapping[str, Any]) -> Rows:
+    """A row for each steering run: what the games' facts say came of it."""
+    rows = [["trait", "layer", "coefficient", "false claims", "promises", "read the file", "valid turns"]]
+    runs = [{"trait": "unsteered", "layer": "", "weight": None, **report["steering"]["baseline"]}]
+    for run in [*runs, *report["steering"]["runs"]]:
+        keys = ("false_mean", "promised_mean", "peeked_mean", "coherence_mean")
+        shares = ["" if run[key] is None else f"{run[key]:.1f} %" for key in keys]
+        weight = "" if run["weight"] is None else f"{run['weight']:+.2f}"
+        rows.append([run["trait"], str(run["layer"]), weight, *shares])
+    return rows
+
+
+def differs(report: Mapping[str, Any]) -> Rows:
+    """A row for each direction: how far the honest variant moves along it over the same answers."""
+    rows = [["trait", "layer", "player", "honest variant", "effect size", "paired", "cosine"]]
+    for one in report.get("model_diff", ()):
+        keys = ("mean_a", "mean_b", "effect_size", "paired_effect_size", "cosine")
+        rows.append([one["trait"], str(one["layer"]), *(f"{one[key]:.2f}" for key in keys)])
+    return rows
+
+
+BLOCKS = {
+    "readings": lambda report: readings(report["finding"]),
+    "survives": lambda report: survives(report["finding"]),
+    "first": lambda report: first(report["finding"]),
+    "layers": lambda report: layers(report["finding"]),
+    "pairs": lambda report: pairs(report["bundled"]),
+    "bundled": lambda report: readings(report["bundled"]),
+    "probe": lambda report: readings(report["probe"]),
+    "fitted": fitted,
+    "steered": steered,
+    "differs": differs,
+}
+"""Name of a block in the document to its rows, the head first."""
+
+
+def markdown(rows: Rows) -> str:
+    """Return rows as a Markdown table."""
+    head, *rest = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rest))
+
+
+def filled(page: str, report: Mapping[str, Any]) -> str:
+    """Fill the blocks of a page, each between `<!-- table: NAME -->` and `<!-- end -->`, with the report's numbers."""
+    parts = page.split("<!-- table: ")
+    out = [parts[0]]
+    for part in parts[1:]:
+        name, _, rest = part.partition(" -->")
+        _, _, after = rest.partition("<!-- end -->")
+        out.append(f"{name} -->\n\n{markdown(BLOCKS[name](report))}\n\n<!-- end -->{after}")
+    return "<!-- table: ".join(out)
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print a finding: what was read, what stands, where it begins, and what it does not show."""
+    from rich.table import Table
+
+    out = console.stdout()
+    about = found["direction"]
+    said = f"{about['trait']}, layer {about['layer']}, {about['method']}, {about['position']}"
+    titles = {said: readings(found), "": survives(found), "first separates": first(found), "pairs": pairs(found)}
+    for title, (head, *rest) in titles.items():
+        table = Table(*head, title=title or None)
+        for row in rest:
+            table.add_row(*row)
+        out.print(table)
+    out.print(f"[bold]finding[/bold]: {found['verdict']}")
+    out.print(f"[bold]caveat[/bold]: {found['caveat']}")
