@@ -34,6 +34,14 @@ ENDED: frozenset[State] = frozenset({"completed", "failed", "cancelled", "interr
 Name = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f]+$")]
 
 
+def _whole(value: Any) -> Any:
+    """JSON's 5.0 is the integer 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
 def _not_too_many(ids: Any) -> Any:
     if isinstance(ids, list) and len(ids) > MAX_IDS:
         raise PydanticCustomError(
@@ -90,9 +98,9 @@ class CaptureOrder(_Asked):
     skip_existing: bool | None = None
     output_suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")] | None = None
     prompt_ids: (
-        Annotated[list[Name | int], Field(min_length=1, max_length=MAX_IDS), BeforeValidator(_not_too_many)] | None
+        Annotated[list[Name | Whole], Field(min_length=1, max_length=MAX_IDS), BeforeValidator(_not_too_many)] | None
     ) = None
-    limit: Annotated[int, Field(ge=1, le=2**53)] | None = None
+    limit: Annotated[int, Field(ge=1, le=2**53), BeforeValidator(_whole)] | None = None
     store: Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]+$")] | None = None
 
     @property
@@ -102,12 +110,12 @@ class CaptureOrder(_Asked):
 
 
 class GenerateOrder(_Asked):
-    """Plain sampling: each prompt is continued as it stands, no chat template; temperature 0 is greedy."""
+    """Plain sampling: each prompt is continued as it stands, no chat template; a temperature below 0.01 is greedy."""
 
     prompts: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=400_000)]], Field(min_length=1, max_length=64)
     ]
-    max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 256
+    max_new_tokens: Annotated[int, Field(ge=1, le=8192), BeforeValidator(_whole)] = 256
     temperature: Annotated[float, Field(ge=0.0, le=5.0)] = 0.0
 
 

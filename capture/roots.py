@@ -9,10 +9,14 @@ from capture.messages import CaptureOrder
 from experiments.reading import is_sidecar
 from experiments.tree import Experiment
 
-__all__ = ["NotThereError", "Roots", "Target", "missing_ids", "same_model"]
+__all__ = ["NotThereError", "OutsideError", "Roots", "Target", "missing_ids", "same_model"]
 
 NAMED = 20
 """Names listed in an error."""
+
+
+class OutsideError(RequestError):
+    """A path in a request leads out of the directories that the server was given."""
 
 
 class NotThereError(RequestError):
@@ -104,7 +108,7 @@ class Roots:
     def _below(self, path: Path, root: Path, what: str) -> Path:
         found = path.resolve()
         if not found.is_relative_to(root) or found == root:
-            raise RequestError(f"{what} leads out of the directory that this server was given, so it is refused")
+            raise OutsideError(f"{what} leads out of the directory that this server was given, so it is refused")
         return found
 
 

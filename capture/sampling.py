@@ -16,6 +16,8 @@ from capture.modelinfo import ModelInfo
 
 __all__ = ["generate", "with_head"]
 
+LEAST_TEMPERATURE = 0.01
+
 
 def with_head(loaded: Loaded) -> Any:
     """Put the loaded base model into its class with a head, and read that head's weights.
@@ -88,7 +90,7 @@ def generate(whole: Any, loaded: Loaded, prompt: str, *, max_new_tokens: int, te
     whole : nn.Module
         From `with_head`.
     temperature : float
-        0 takes the most likely token each time.
+        Below 0.01 the most likely token is taken each time, which is what sampling tends to and can't compute.
 
     Raises
     ------
@@ -106,7 +108,7 @@ def generate(whole: Any, loaded: Loaded, prompt: str, *, max_new_tokens: int, te
         )
     tokens = tokens.to(whole.get_input_embeddings().weight.device)
     sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        {"do_sample": True, "temperature": temperature} if temperature >= LEAST_TEMPERATURE else {"do_sample": False}
     )
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # settings of generation_config.json that do not apply here

@@ -33,7 +33,7 @@ from capture.messages import (
 )
 from capture.modelholder import BusyModelError, ModelHolder, NoModelError, Setup
 from capture.modelprocess import CancelledRequest, EndedError, FailedRequest
-from capture.roots import NotThereError, Roots
+from capture.roots import NotThereError, OutsideError, Roots
 from capture.service import BusyStoreError, ClosingError, Service, UnknownTaskError
 from capture.tasks import Task
 from experiments.errors import ExperimentError
@@ -42,9 +42,6 @@ __all__ = ["create_app", "listen", "serve"]
 
 LOG = logging.getLogger("capture")
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
-MAX_BODY = 1 << 20
-"""Bytes of a request."""
-
 HEARTBEAT = 15.0
 """Seconds without an event after which a comment is sent, so that nobody between takes the line for dead."""
 
@@ -52,6 +49,7 @@ LEAST_PAUSE = 0.1
 """Seconds between two events of one task."""
 
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (OutsideError, 403),
     (NotThereError, 404),
     (UnknownTaskError, 404),
     (NoModelError, 400),
@@ -80,8 +78,7 @@ def create_app(service: Service, *, token: str | None = None, host: str = "127.0
     app = FastAPI(
         title="capture",
         summary="Activations of rollouts into stores, over one model",
-        max_body_size=MAX_BODY,
-        responses={code: {"model": Problem} for code in (400, 401, 403, 413, 422)},
+        responses={code: {"model": Problem} for code in (400, 401, 403, 413, 422, 500)},
     )
     app.add_middleware(Guard, token=token, loopback=host in LOOPBACK)
     app.add_exception_handler(RequestValidationError, _invalid)

