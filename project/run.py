@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,7 @@ def _vectors(job: Job) -> dict[str, NDArray[np.float32]]:
     return {component: np.stack(vectors) for component, vectors in found.items()}
 
 
+@cache
 def _version(name: str) -> str:
     try:
         return version(name)

@@ -29,7 +29,7 @@ def place_of(direction: Direction) -> Place:
     return Place(direction.component, direction.layer)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Directions:
     """Directions with their table, a row for each; no two have the same numbers at the same place.
 
@@ -45,7 +45,13 @@ class Directions:
 
     def column(self, i: int) -> Column:
         """The column of results that holds the scores of direction `i`."""
-        return Column("score", place_of(self.vectors[i]), str(self.table["sha256"].iloc[i]))
+        return self.columns[i]
+
+    @cached_property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns of results of all directions."""
+        pairs = zip(self.vectors, self.table["sha256"].tolist(), strict=True)
+        return tuple(Column("score", place_of(vector), str(sha)) for vector, sha in pairs)
 
     def check_widths(self, widths: Mapping[str, int]) -> None:
         """Refuse a direction of another width than the store's component, or of a component that is not there."""
