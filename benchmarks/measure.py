@@ -84,13 +84,16 @@ def read_bytes() -> int:
     return int(fields["rchar"])
 
 
-def peak_rss(module: str, *arguments: str) -> int:
-    """Run `python -m module arguments` and return the most memory it held, in bytes, its children included."""
+def peak_rss(module: str, *arguments: str, every: float = 0.01) -> int:
+    """Run `python -m module arguments` and return the most memory it held, in bytes, its children included.
+
+    Looking, which happens every so many seconds, costs a few milliseconds of a core.
+    """
     process = psutil.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL)
     peak, stop = [0], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.01):
+        while not stop.wait(every):
             with suppress(psutil.Error):
                 family = [process, *process.children(recursive=True)]
                 peak[0] = max(peak[0], sum(p.memory_info().rss for p in family))

@@ -120,14 +120,18 @@ def main() -> None:
         chill([array])
         memory = ("--memory", "1GB")
         rows.append(
-            timed("calibrate 9 layers", layer * len(LAYERS), partial(peak_rss, "calibrate", str(store), *memory))
+            timed(
+                "calibrate 9 layers",
+                layer * len(LAYERS),
+                partial(peak_rss, "calibrate", str(store), *memory, every=0.2),
+            )
         )
         for layers in (SCORED, LAYERS):
             chill([array])
             out = ("--out", str(root / f"scores{len(layers)}.zarr"))
             words = (str(store), "--vectors", str(vectors), "--layers", ",".join(map(str, layers)), *memory, *out)
             what = f"project {TRAITS} traits on each of {len(layers)} layers"
-            rows.append(timed(what, layer * len(layers), partial(peak_rss, "project", *words)))
+            rows.append(timed(what, layer * len(layers), partial(peak_rss, "project", *words, every=0.2)))
         rows.append({"what": "stored, links counted each time", "GB": size_of(array) / 1e9})
     if asked.json:
         console.emit_json({"rows": rows})
