@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,67 +89,62 @@ class Client:
         return body
 
 
-def measure(store: datastore.Store, address: str, *, rounds: int) -> list[Row]:
-    """Time each question over HTTP beside the same read locally."""
-    client = Client(address)
-    opened, url = str(store.path), f"http://{address}/zarr/{store.path.stem}/captures/0001"
-    chunk = store.path / "captures/0001/residual/c/0/0/0"
-    inside = chunk.relative_to(store.path)
-    cut: dict[str, Any] = {"rollout": "long", "layers": 10, "start": 5000, "stop": 5010, "dims": "0-63"}
+Pairs = dict[str, tuple[Callable[[], object], Callable[[], object]]]
+"""Over HTTP, and locally."""
 
-    def slice_npy(**query: Any) -> object:
-        return np.load(io.BytesIO(client.get("/api/slice", NPY, **query)))
+
+def activations_of(client: Client, store: Path) -> Pairs:
+    """Return the questions on activations."""
+
+    def remote(accept: str = NPY, **query: Any) -> object:
+        body = client.get("/api/slice", accept, rollout="long", layers=10, **query)
+        return np.load(io.BytesIO(body)) if accept == NPY else body
 
     def local(**query: Any) -> object:
-        return datastore.open(opened).select("residual", rollouts="long", layers=10, **query).values
+        return datastore.open(store).select("residual", rollouts="long", layers=10, **query).values
 
-    pairs = {
-        "10 tokens x 64 dims": (
-            lambda: client.get("/api/slice", **cut),
+    return {
+        "10 tokens x 64 dims, JSON": (
+            lambda: remote(JSON, start=5000, stop=5010, dims="0-63"),
             lambda: local(positions=slice(5000, 5010)),
-            "ms",
         ),
-        "2000 tokens, npy": (
-            lambda: slice_npy(rollout="long", layers=10, stop=2000),
-            lambda: local(positions=slice(0, 2000)),
-            "ms",
-        ),
-        "14,000 tokens, npy": (lambda: slice_npy(rollout="long", layers=10), local, "ms"),
-        "14,000 tokens, stored bits": (
-            lambda: slice_npy(rollout="long", layers=10, raw="true"),
-            lambda: local(raw=True),
-            "ms",
-        ),
-        "scores of 14,000 tokens x 22, JSON": (
-            lambda: client.get("/api/scores", rollout="long"),
-            lambda: datastore.open(opened).scores(rollouts="long").score.values,
-            "ms",
-        ),
-        "the same, Arrow": (
-            lambda: client.get("/api/scores", ARROW, rollout="long"),
-            lambda: datastore.open(opened).scores(rollouts="long").score.values,
-            "ms",
-        ),
-        "a chunk's bytes": (
-            lambda: client.get(f"/zarr/{store.path.stem}/{inside}"),
-            chunk.read_bytes,
-            "ms",
-        ),
-        "xr.open_zarr and a layer": (
-            lambda: xr.open_zarr(url).residual[:, 0].values,
-            lambda: xr.open_zarr(f"{opened}/captures/0001").residual[:, 0].values,
-            "ms",
-        ),
-        "stores": (lambda: client.get("/api/stores"), lambda: datastore.open(opened).rollouts, "ms"),
+        "2,000 tokens, npy": (lambda: remote(stop=2000), lambda: local(positions=slice(0, 2000))),
+        "14,000 tokens, npy": (remote, local),
+        "14,000 tokens, stored bits": (lambda: remote(raw="true"), lambda: local(raw=True)),
     }
+
+
+def others(client: Client, store: Path, url: str) -> Pairs:
+    """Return the questions on tables and scores, and the store's own files."""
+    chunk = "captures/0001/residual/c/0/0/0"
+
+    def scores() -> object:
+        return datastore.open(store).scores(rollouts="long").score.values
+
+    return {
+        "scores of 14,000 tokens x 22, JSON": (lambda: client.get("/api/scores", rollout="long"), scores),
+        "the same, Arrow": (lambda: client.get("/api/scores", ARROW, rollout="long"), scores),
+        "stores": (lambda: client.get("/api/stores"), lambda: datastore.open(store).rollouts),
+        "a chunk's bytes": (lambda: client.get(f"/zarr/{store.stem}/{chunk}"), (store / chunk).read_bytes),
+        "xr.open_zarr and a layer": (
+            lambda: xr.open_zarr(f"{url}/captures/0001").residual[:, 0].values,
+            lambda: xr.open_zarr(store / "captures/0001").residual[:, 0].values,
+        ),
+    }
+
+
+def measure(store: Path, address: str, *, rounds: int) -> list[Row]:
+    """Time each question over HTTP beside the same read locally."""
+    client = Client(address)
     rows = []
-    for what, (remote, here, unit) in pairs.items():
+    pairs = activations_of(client, store) | others(client, store, f"http://{address}/zarr/{store.stem}")
+    for what, (remote, here) in pairs.items():
         times = alternate({"http": remote, "here": here}, rounds=rounds)
         rows.append(
             Row(
                 what=what,
                 value=times["http"] * 1e3,
-                unit=unit,
+                unit="ms",
                 rival="the same locally",
                 rival_value=times["here"] * 1e3,
                 ratio=times["http"] / times["here"],
@@ -167,7 +162,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         store = build(Path(directory) / "run.zarr")
         with served(store.path) as address:
-            rows = measure(store, address, rounds=asked.rounds)
+            rows = measure(store.path, address, rounds=asked.rounds)
     show("A store over HTTP", rows, as_json=asked.json)
 
 

@@ -1,7 +1,7 @@
 """Answers as bytes: JSON, npy or an Arrow stream, whichever the request's Accept header prefers."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -10,12 +10,27 @@ from fastapi import Response
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 from starlette.requests import Request
+from starlette.responses import StreamingResponse
 
 from datastore.errors import MisuseError
 
-__all__ = ["ARROW", "JSON", "NPY", "Answer", "NotAcceptableError", "Values", "arrow", "as_json", "chosen_form", "npy"]
+__all__ = [
+    "ARROW",
+    "JSON",
+    "NPY",
+    "PIECE",
+    "Answer",
+    "NotAcceptableError",
+    "Values",
+    "arrow",
+    "as_json",
+    "chosen_form",
+    "npy",
+]
 
 JSON, NPY, ARROW = "application/json", "application/x-npy", "application/vnd.apache.arrow.stream"
+PIECE = 1 << 20
+"""Bytes that are handed to a connection at a time."""
 
 
 class Answer(BaseModel):
@@ -94,9 +109,9 @@ def _plain(value: Any) -> Any:
 
 def npy(values: NDArray[Any], headers: Mapping[str, str]) -> Response:
     """Return one array as a `.npy` file; what its axes are is in the headers."""
-    with io.BytesIO() as file:
-        np.save(file, np.ascontiguousarray(values), allow_pickle=False)
-        return Response(file.getvalue(), media_type=NPY, headers=dict(headers))
+    file = io.BytesIO()
+    np.save(file, np.ascontiguousarray(values), allow_pickle=False)
+    return _in_pieces(file.getbuffer(), media_type=NPY, headers=headers)
 
 
 def arrow(columns: Mapping[str, Any], metadata: Mapping[str, str]) -> Response:
@@ -108,7 +123,18 @@ def arrow(columns: Mapping[str, Any], metadata: Mapping[str, str]) -> Response:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    return Response(sink.getvalue().to_pybytes(), media_type=ARROW)
+    return _in_pieces(memoryview(sink.getvalue()), media_type=ARROW)
+
+
+def _in_pieces(body: memoryview, *, media_type: str, headers: Mapping[str, str] | None = None) -> Response:
+    """Send a large body piece by piece: in one it would be copied whole into the connection's buffer."""
+
+    async def pieces() -> AsyncIterator[memoryview]:
+        for start in range(0, len(body), PIECE):
+            yield body[start : start + PIECE]
+
+    known = {"Content-Length": str(len(body)), **(headers or {})}
+    return StreamingResponse(pieces(), media_type=media_type, headers=known)
 
 
 def _arrow_array(pa: Any, values: Any) -> Any:

@@ -13,13 +13,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from datastore.errors import DatastoreError
 from datastore.query import Store
 from datastore.storage import ROOT_GROUPS
+from view.formats import PIECE
 from view.shelf import Shelf
 
 __all__ = ["StoreFiles", "zarr_app"]
@@ -73,7 +74,10 @@ class StoreFiles(StaticFiles):
     async def get_response(self, path: str, scope: Scope) -> Response:
         """Answer with a file, or with the list of a group's members."""
         try:
-            return await super().get_response(path, scope)
+            answer = await super().get_response(path, scope)
+            if isinstance(answer, FileResponse):
+                answer.chunk_size = PIECE  # a chunk is megabytes, and the usual pieces are small
+            return answer
         except HTTPException as error:
             if error.status_code != 404:
                 raise
