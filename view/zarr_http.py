@@ -20,7 +20,7 @@ from starlette.types import Scope
 from datastore.errors import DatastoreError
 from datastore.query import Store
 from datastore.storage import ROOT_GROUPS
-from view.formats import PIECE
+from view.formats import JSON, PIECE
 from view.shelf import Shelf
 
 __all__ = ["StoreFiles", "zarr_app"]
@@ -77,6 +77,9 @@ class StoreFiles(StaticFiles):
             answer = await super().get_response(path, scope)
             if isinstance(answer, FileResponse):
                 answer.chunk_size = PIECE  # a chunk is megabytes, and the usual pieces are small
+                # whatever a store's files are called, a browser that opens one runs nothing
+                answer.headers["content-type"] = JSON if path.endswith("/zarr.json") else "application/octet-stream"
+                answer.headers["x-content-type-options"] = "nosniff"
             return answer
         except HTTPException as error:
             if error.status_code != 404:

@@ -45,6 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> datastore.Store:
     (store.path / "captures/abcdef.partial").mkdir()
     (store.path / "captures/abcdef.partial/zarr.json").write_bytes(SECRET)
     (store.path / "notes.txt").write_bytes(SECRET)
+    (capture / "page.html").write_text("<script>alert(1)</script>")
     return store
 
 
@@ -75,6 +76,13 @@ def test_every_committed_file_is_served_byte_for_byte(server: Server, store: dat
         assert answer.status == 200, name
         assert answer.body == (store.path / name).read_bytes()
         assert server.get(f"/api/zarr/run/{line}", method="HEAD").headers["etag"] == answer.headers["etag"]
+
+
+def test_no_file_of_a_store_is_a_page(server: Server) -> None:
+    """A store may come from anyone, and the viewer is at the same address."""
+    page = server.get("/zarr/run/captures/0001/page.html").headers
+    assert (page["content-type"], page["x-content-type-options"]) == ("application/octet-stream", "nosniff")
+    assert server.get("/zarr/run/captures/0001/zarr.json").headers["content-type"] == "application/json"
 
 
 def test_ranges_and_conditions(server: Server, store: datastore.Store) -> None:
