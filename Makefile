@@ -5,14 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ZARRITA := tests/view/js/node_modules/.package-lock.json
 PACKAGES := $(wildcard benchmarks calibrate capture datastore experiments project view)
-DEMO := build/demo.zarr
+DEMO := build/demo
+GAME := experiments/secret_number/data
 
 # The same numbers on every machine, nothing fetched, no thread pool inside each of the test processes.
 QUIET_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false PYTHONHASHSEED=0
 TEST_ENV := $(QUIET_ENV) HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 COLUMNS=120 NO_COLOR=1
+DEMO_RUN = $(QUIET_ENV) $(BIN)/python -m
 JOBS ?= 2
 
-.PHONY: setup demo test check lint types imports bench bench-calibrate bench-store bench-capture bench-import bench-project bench-scale bench-api bench-faults clean
+.PHONY: setup demo report test check lint types imports bench bench-calibrate bench-store bench-capture bench-import bench-project bench-scale bench-api bench-faults clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -26,12 +28,24 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+# Capture, verify, calibrate, score along directions, and the finding with its figure: the whole of it on the bundled model.
 demo: setup
-	rm -rf $(DEMO) $(DEMO).plans
-	@mkdir -p $(dir $(DEMO))
-	$(QUIET_ENV) $(BIN)/python -m capture --store $(DEMO)
-	$(BIN)/python -m datastore info $(DEMO)
-	$(BIN)/python -m datastore verify $(DEMO) --full
+	rm -rf $(DEMO)
+	@mkdir -p $(DEMO)
+	$(DEMO_RUN) capture --store $(DEMO)/run.zarr
+	$(DEMO_RUN) capture --store $(DEMO)/run.zarr --experiment $(GAME) --prompt-set secret_number
+	$(DEMO_RUN) capture --store $(DEMO)/run.zarr --experiment $(GAME) --prompt-set secret_number --components resid_pre --layers 0
+	$(DEMO_RUN) capture --store $(DEMO)/questions.zarr --experiment $(GAME) --prompt-set questions
+	$(DEMO_RUN) capture --store $(DEMO)/questions.zarr --experiment $(GAME) --prompt-set questions --components resid_pre --layers 0
+	$(DEMO_RUN) datastore info $(DEMO)/run.zarr
+	$(DEMO_RUN) datastore verify $(DEMO)/run.zarr --full
+	$(DEMO_RUN) calibrate $(DEMO)/run.zarr
+	$(DEMO_RUN) project $(DEMO)/run.zarr --vectors $(GAME)/extraction --steering $(GAME)/steering --layers best,best+1
+	$(DEMO_RUN) experiments.secret_number finding $(DEMO)/run.zarr --learned-on $(DEMO)/questions.zarr --plot $(DEMO)/finding.png
+
+# Every number of docs/secret_number.md again, from the model on, into build/report; REPORT_ARGS=--write puts them into the checkout.
+report: setup
+	$(QUIET_ENV) $(BIN)/python -m experiments.secret_number report --out build/report $(REPORT_ARGS)
 
 test: check $(ZARRITA)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -77,6 +91,10 @@ bench-faults: setup
 
 bench-api: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.api $(BENCH_ARGS)
+
+# How soon a server answers while it captures, and how soon it ends.
+bench-serve: setup
+	$(QUIET_ENV) $(BIN)/python -m benchmarks.serve $(BENCH_ARGS)
 
 bench-import: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.exchange $(BENCH_ARGS)

@@ -97,7 +97,7 @@ class ModelProcess:
         return await self.begin(do, **asked)[1]
 
     def cancel(self, number: int) -> None:
-        """Let a request stop at the next block of the model, or the next batch; its answer raises CancelledRequest."""
+        """Let a request stop at the next module of the model, or the next batch; its answer raises CancelledRequest."""
         self._write({"id": number, "do": "cancel"})
 
     async def end(self) -> None:

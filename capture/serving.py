@@ -132,7 +132,7 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
 def _add_following(app: FastAPI, service: Service) -> None:
     @app.post("/tasks/{task_id}/cancel", responses=_problems(404))
     async def cancel(task_id: TaskId) -> TaskStatus:
-        """Cancel a capture; what it has finished is kept, and it stops within one block of the model."""
+        """Cancel a capture; what it has finished is kept, and it stops at the next module of the model."""
         task = await service.cancel(task_id)
         return task.status(ahead=service.ahead(task))
 

@@ -50,7 +50,7 @@ class _Action(Protocol):
 
 
 class _Cancelled(Exception):
-    """Raised between two blocks of the model, or two batches, once the request is cancelled."""
+    """Raised between two modules of the model, or two batches, once the request is cancelled."""
 
 
 class _Lines:
@@ -143,8 +143,9 @@ class _Worker:
             attn_implementation=self._identity["attn_implementation"],
         )
         table = find_components(loaded.model)
-        for block in loaded.model.get_submodule(table.blocks).children():
-            block.register_forward_pre_hook(self._check)
+        # Every module inside the blocks, for one block of a large batch may take seconds.
+        for module in loaded.model.get_submodule(table.blocks).modules():
+            module.register_forward_pre_hook(self._check)
         self._loaded, self._table = loaded, table
         return {"seconds": time.monotonic() - began, "device": loaded.device, "n_layers": loaded.n_layers}
 
