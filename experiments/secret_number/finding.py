@@ -4,6 +4,7 @@ The direction and its layer are chosen before a game is looked at: learned from 
 steering. Nothing here is fitted on the games. What falls to one of its controls is said to have fallen.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -93,6 +94,7 @@ def find(
             },
             "labels": {str(k): int(v) for k, v in answers["label"].value_counts().sort_index().items()},
         },
+        "compare": _compared(store, direction, seed=seed),
         "readings": readings,
         "first_separates": {key: curve["first_separates"] for key, curve in curves.items()},
         "profile": curves,
@@ -104,6 +106,15 @@ def find(
     found["verdict"] = _sentence(found)
     found["caveat"] = CAVEAT
     return found
+
+
+def _compared(store: Store, direction: Direction, *, seed: int) -> list[dict[str, Any]]:
+    """Set the labels side by side over the whole answers, as anyone would first; what is said differs there too."""
+    if "classification" not in store.rollouts.columns:
+        return []
+    table = project.compare(store, project.scores(store, [direction]), "classification", segment="response", seed=seed)
+    rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+    return rows
 
 
 def _check_numbers(answers: pd.DataFrame) -> None:

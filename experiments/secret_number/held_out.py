@@ -6,7 +6,7 @@ from experiments.secret_number.game import Game, setup
 from experiments.secret_number.language import parse_answer
 from experiments.secret_number.places import AUDIT
 from experiments.secret_number.player import Played, Player, play_on
-from experiments.secret_number.tree import Record, record_of, write_config, write_set
+from experiments.secret_number.tree import Record, record_of, write_classifications, write_config, write_set
 
 __all__ = ["FIRST_GAME", "write_games"]
 
@@ -37,6 +37,7 @@ def write_games(player: Player, root: Path, *, model: Path, games: int, seed: in
     records = [one for i, done in enumerate(played) if (one := _record(player, f"h{i}", done)) is not None]
     write_config(root, {"player": str(model.absolute())})
     write_set(root, AUDIT, records, variant="player", one_file=True)
+    write_classifications(root, records)
     return len(records)
 
 

@@ -179,7 +179,9 @@ class _Session:
         self._turn.append(token)
         self.queue.append(token)
         if token != self._end:
-            self.problem = "a turn that does not end" if len(self._turn) >= MOST_OF_A_TURN else ""
+            if len(self._turn) >= MOST_OF_A_TURN:
+                self.problem = "a turn that does not end"
+                self.turns += 1
             return
         text, self._turn = self._player.decode(self._turn[:-1]), []
         self.turns += 1

@@ -30,6 +30,16 @@ def readings(found: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def compared(found: Mapping[str, Any]) -> Rows:
+    """A row for each label: the mean score over its answers, and against the others."""
+    rows = [["label", "rollouts", "mean score", "AUROC against the others"]]
+    for one in found["compare"]:
+        mean = {"value": one["mean"], "low": one["low"], "high": one["high"]}
+        area = {"value": one["auroc"], "low": one["auroc_low"], "high": one["auroc_high"]}
+        rows.append([one["group"], str(one["n_rollouts"]), interval(mean), interval(area)])
+    return rows
+
+
 def survives(found: Mapping[str, Any]) -> Rows:
     """A row for each control: does the direction stand out from it."""
     return [["control", "survives"], *([name, "yes" if yes else "no"] for name, yes in found["survives"].items())]
@@ -91,6 +101,7 @@ def differs(report: Mapping[str, Any]) -> Rows:
 
 
 BLOCKS = {
+    "compared": lambda report: compared(report["finding"]),
     "readings": lambda report: readings(report["finding"]),
     "survives": lambda report: survives(report["finding"]),
     "first": lambda report: first(report["finding"]),
@@ -129,9 +140,15 @@ def show(found: Mapping[str, Any]) -> None:
     out = console.stdout()
     about = found["direction"]
     said = f"{about['trait']}, layer {about['layer']}, {about['method']}, {about['position']}"
-    titles = {said: readings(found), "": survives(found), "first separates": first(found), "pairs": pairs(found)}
+    titles = {
+        f"whole answers by label: {said}": compared(found),
+        "AUROC of false over true claims, beside the controls": readings(found),
+        "stands out from": survives(found),
+        "where it first separates": first(found),
+        "rollouts that share a prefix": pairs(found),
+    }
     for title, (head, *rest) in titles.items():
-        table = Table(*head, title=title or None)
+        table = Table(*head, title=title)
         for row in rest:
             table.add_row(*row)
         out.print(table)
