@@ -39,10 +39,12 @@ class Overview(View):
         shown = self.state.section
         for name in self._stale:
             self._stale[name] |= changed
-        if shown not in self._parts:
+        new = shown not in self._parts
+        if new:
             self._parts[shown] = self._makers[shown](self.page)
-            self._panel.append(self._parts[shown].panel())
         for name, part in self._parts.items():
             part.panel().visible = name == shown
         stale, self._stale[shown] = self._stale[shown], frozenset()
         self._parts[shown].update(stale)
+        if new:  # drawn before it is sent: the browser would be told of changes to what it does not know yet
+            self._panel.append(self._parts[shown].panel())

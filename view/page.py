@@ -168,14 +168,16 @@ class Page:
         name = self.state.view
         for other in VIEWS:
             self._stale[other] = self._stale.get(other, frozenset(WATCHED)) | changed
-        if name in self._makers and name not in self._views:
+        new = name in self._makers and name not in self._views
+        if new:
             self._views[name] = self._makers[name](self)
-            self._main.append(self._views[name].panel())
         for other, view in self._views.items():
             view.panel().visible = other == name
         if name in self._views:
             stale, self._stale[name] = self._stale[name], frozenset()
             self._views[name].update(stale)
+        if new:  # drawn before it is sent: the browser would be told of changes to what it does not know yet
+            self._main.append(self._views[name].panel())
 
     def column(self) -> int:
         """The direction that shades the text, as a place in the table of directions; -1 where there is none."""

@@ -21,7 +21,23 @@ FORK = 40
 TRAITS = ("bs/lying", "bs/evasion", "mood/calm")
 FIRST_MOVE = {"bs/lying": 2, "bs/evasion": 9}
 """Tokens after the fork from which a lie was planted along a trait."""
-WORDS = ("the ", "number ", "is ", "seven", ", ", "no ", "I ", "did ", "not ", "peek", ". ", "guess ", "<b>&", "ünï ", "?\n")
+WORDS = (
+    "the ",
+    "number ",
+    "is ",
+    "seven",
+    ", ",
+    "no ",
+    "I ",
+    "did ",
+    "not ",
+    "peek",
+    ". ",
+    "guess ",
+    "<b>&",
+    "ünï ",
+    "?\n",
+)
 TOOL, ASSISTANT, USER, SYSTEM = 4, 3, 2, 1
 
 

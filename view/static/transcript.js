@@ -29,6 +29,11 @@ function shown(value) {
   return size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(2) : value.toPrecision(4);
 }
 
+// One row of a matrix. Not `subarray`: what Bokeh hands over makes that anew as a whole, whatever part was asked for.
+function part(values, row, length) {
+  return new Float32Array(values.buffer, values.byteOffset + 4 * row * length, length);
+}
+
 // Share of all tokens that are below a value, from quantiles at equal steps.
 function percentile(quantiles, value) {
   if (!quantiles || !Number.isFinite(value)) return null;
@@ -155,7 +160,7 @@ class Transcript {
     const { values, tokens } = this.model.numbers;
     const column = this.model.column;
     if (!values || !tokens || column < 0) return null;
-    return values.subarray(column * tokens, (column + 1) * tokens);
+    return part(values, column, tokens);
   }
 
   paint() {
@@ -257,7 +262,7 @@ class Transcript {
       const cell = row.insertCell();
       cell.textContent = shown(value);
       cell.style.backgroundColor = shade(value - centres[j], scales[j]);
-      const share = percentile(quantiles ? quantiles.subarray(j * steps, (j + 1) * steps) : null, value);
+      const share = percentile(quantiles ? part(quantiles, j, steps) : null, value);
       row.insertCell().textContent = share === null ? "" : share.toFixed(0);
     });
     return table;

@@ -1,0 +1,189 @@
+"""A real server process and a real Chromium for the tests of the page, and what they read from it."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from tests import house
+
+__all__ = ["Viewer", "browser", "running", "until"]
+
+T = TypeVar("T")
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--force-color-profile=srgb",
+]
+AXE = Path(__file__).parents[1] / "data" / "axe_core" / "axe.min.js"
+PATIENCE = 12.0
+
+MODELS = """
+const models = () => Bokeh.documents.flatMap((doc) => [...doc._all_models.values()]);
+const figure = (name) => models().find((one) => one.type === "Figure" && one.name === name);
+const plain = (values) => Array.from(values, (value) => (Number.isFinite(value) ? value : null));
+"""
+LINES = f"""(name) => {{ {MODELS}
+  const found = {{}};
+  for (const one of figure(name)?.renderers ?? []) {{
+    if (one.type !== "GlyphRenderer" || one.glyph.type !== "Line" || !one.visible) continue;
+    found[one.name] = plain(one.data_source.data[one.glyph.y.field]);
+  }}
+  return found;
+}}"""
+MARKS = f"""(name) => {{ {MODELS}
+  const spans = figure(name).center.filter((one) => one.type === "Span" && one.visible);
+  return Object.fromEntries(spans.map((one) => [one.name, one.location]));
+}}"""
+RANGE = f"""(name) => {{ {MODELS} const y = figure(name).y_range; return [y.start, y.end]; }}"""
+IMAGE = f"""(name) => {{ {MODELS}
+  const one = figure(name)?.renderers.find((renderer) => renderer.glyph?.type === "Image");
+  return one ? plain(one.data_source.data.image[0]) : [];
+}}"""
+BANDS = f"""(name) => {{ {MODELS}
+  const one = figure(name).renderers.find((renderer) => renderer.glyph?.type === "VStrip");
+  const {{ x0, x1, label }} = one.data_source.data;
+  return Array.from(x0, (start, i) => [start, x1[i], label[i]]);
+}}"""
+PIXEL = f"""([name, x, y]) => {{ {MODELS}
+  const view = Bokeh.index.find_one(figure(name));
+  const box = view.el.getBoundingClientRect();
+  const frame = view.frame;
+  return [box.left + frame.x_scale.compute(x), box.top + frame.y_scale.compute(y)];
+}}"""
+
+
+class Viewer:
+    """One page in the browser, with what went wrong in it.
+
+    Parameters
+    ----------
+    page : playwright.sync_api.Page
+    address : str
+        Of the server.
+    """
+
+    def __init__(self, page: Any, address: str) -> None:
+        self.page, self.address = page, address
+        page.set_default_timeout(1000 * PATIENCE)
+        self.errors: list[str] = []
+        self.foreign: list[str] = []
+        page.on("console", lambda one: self.errors.append(one.text) if one.type in ("error", "warning") else None)
+        page.on("pageerror", lambda one: self.errors.append(str(one)))
+        page.on("request", lambda one: self._asked(one.url))
+
+    def _asked(self, url: str) -> None:
+        if not url.startswith((self.address, "blob:", "data:", "file:", self.address.replace("http", "ws", 1))):
+            self.foreign.append(url)
+
+    def open(self, query: str = "", *, text: bool = True) -> "Viewer":
+        """Go to an address and wait until the page is there."""
+        self.page.goto(f"{self.address}/{query}")
+        self.page.wait_for_function("window.Bokeh?.documents.length && Bokeh.documents[0].is_idle")
+        if text:
+            self.page.locator(".t").first.wait_for()
+        return self
+
+    def lines(self, name: str) -> dict[str, list[float | None]]:
+        """Visible curves of a figure, by their names."""
+        found: dict[str, list[float | None]] = self.page.evaluate(LINES, name)
+        return found
+
+    def marks(self, name: str) -> dict[str, float]:
+        """Where the cursor and the fork of a figure are."""
+        found: dict[str, float] = self.page.evaluate(MARKS, name)
+        return found
+
+    def evaluate(self, script: str, argument: Any = None) -> Any:
+        """Run one of the scripts above."""
+        return self.page.evaluate(script, argument)
+
+    def field(self, label: str) -> Any:
+        """The control of this name."""
+        return self.page.get_by_label(label, exact=True)
+
+    def button(self, name: str) -> Any:
+        """The button of this name that is shown."""
+        return self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first
+
+    def rows(self, text: str | None = None) -> Any:
+        """The rows of the tables that are shown."""
+        rows = self.page.locator(".tabulator-row:visible")
+        return rows if text is None else rows.filter(has_text=text)
+
+    def cells(self, row: Any) -> Any:
+        """The cells of a row, without its number."""
+        return row.locator(".tabulator-cell:not([tabulator-field=_index])")
+
+    def colour(self, token: int) -> str:
+        """The background of a token of the text."""
+        found: str = self.page.locator(f".t[data-i='{token}']").evaluate(
+            "(one) => getComputedStyle(one).backgroundColor"
+        )
+        return found
+
+    def violations(self) -> list[str]:
+        """What axe-core finds serious or critical."""
+        self.page.add_script_tag(path=str(AXE))
+        found = self.page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+        return [
+            f"{one['id']}: {one['nodes'][0]['html'][:200]}" for one in found if one["impact"] in ("serious", "critical")
+        ]
+
+
+def until(read: Callable[[], T], right: Callable[[T], bool], *, page: Any = None) -> T:
+    """Read again and again until it is right; return what was read, for an assertion to say what it was instead."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        found = read()
+        if right(found) or time.monotonic() > end:
+            return found
+        page.wait_for_timeout(40) if page is not None else time.sleep(0.04)
+
+
+@contextlib.contextmanager
+def running(stores: Sequence[Path], *options: str) -> Iterator[str]:
+    """Serve stores on a free port in a process of its own; yield the address."""
+    command = [sys.executable, "-m", "view", *map(str, stores), "--port", "0", *options]
+    with subprocess.Popen(
+        command, cwd=house.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            assert line.startswith("serving http://"), process.stderr.read() if process.stderr else line
+            yield line.split()[1].rstrip("/")
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Any]:
+    """Start Chromium; without one, fail in CI and skip, loudly, elsewhere."""
+    from playwright.sync_api import sync_playwright
+
+    found = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
+    if found is None:
+        why = "no Chromium is installed, so the page is NOT tested; install the package chromium and run again"
+        if os.environ.get("CI"):
+            pytest.fail(why)
+        pytest.skip(why)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield chromium
+        chromium.close()

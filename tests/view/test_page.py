@@ -1,0 +1,491 @@
+"""The page in a real browser, against a real server: every control is used, and what it does is checked with numbers.
+
+The numbers come from the activations by the oracle of these tests; curves are read from Bokeh's models in the browser,
+colours from the document.
+"""
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import datastore
+from tests.view import oracle, stores
+from tests.view.browser import BANDS, IMAGE, PIXEL, RANGE, Viewer, browser, running, until
+
+CLOSE = {"rtol": 2e-4, "atol": 2e-6, "equal_nan": True}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stores of the same games; the second was captured of another model, whose liars lie less."""
+    root = tmp_path_factory.mktemp("page")
+    stores.game_store(root / "games.zarr")
+    stores.game_store(root / "others.zarr", pairs=2)
+    stores.plain_store(root / "plain.zarr", pairs=1)
+    stores.plain_store(root / "ids.zarr", pairs=1, vocab=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(kept: Path) -> Iterator[tuple[Any, str]]:
+    """One server and one browser for all tests of this file."""
+    names = ("games.zarr", "others.zarr", "plain.zarr", "ids.zarr")
+    with browser() as chromium, running([kept / name for name in names]) as address:
+        yield chromium, address
+
+
+@pytest.fixture
+def viewer(served: tuple[Any, str]) -> Iterator[Viewer]:
+    """A new page; at the end nothing may have gone wrong in it, and nothing may have left the machine."""
+    chromium, address = served
+    context = chromium.new_context(viewport={"width": 1280, "height": 1500}, accept_downloads=True)
+    one = Viewer(context.new_page(), address)
+    yield one
+    context.close()
+    assert one.errors == []
+    assert one.foreign == []
+
+
+@pytest.fixture(scope="module")
+def store(kept: Path) -> datastore.Store:
+    """The games."""
+    return datastore.open(kept / "games.zarr")
+
+
+def same(viewer: Viewer, name: str, wanted: dict[str, Any]) -> None:
+    """Wait until a figure shows exactly these curves."""
+
+    def right(found: dict[str, list[float | None]]) -> bool:
+        return found.keys() == wanted.keys() and all(
+            np.shape(found[key]) == np.shape(wanted[key])
+            and np.allclose(np.array(found[key], float), np.asarray(wanted[key], float), **CLOSE)
+            for key in wanted
+        )
+
+    found = until(lambda: viewer.lines(name), right, page=viewer.page)
+    assert right(found), f"{name} shows {list(found)}, not {list(wanted)}, or other numbers"
+
+
+def click_plot(viewer: Viewer, name: str, x: float, y: float) -> None:
+    """Click a place of a figure."""
+    viewer.page.mouse.click(*viewer.evaluate(PIXEL, [name, x, y]))
+
+
+def test_the_controls_of_the_curves_draw_what_they_say(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Trajectories&rollout=g1-lie")
+    first = [f"{trait}@4" for trait in sorted(stores.TRAITS)]
+
+    def curves(labels: list[str], **how: Any) -> dict[str, Any]:
+        return {label: oracle.drawn(store, "g1-lie", label, **how) for label in labels}
+
+    same(viewer, "scores", curves(first))
+    viewer.field("Scores as").select_option("raw")
+    same(viewer, "scores", curves(first, mode="raw"))
+    viewer.field("Scores as").select_option("normalised")
+    same(viewer, "scores", curves(first, mode="normalised"))
+    viewer.field("Centred on the first token").check()
+    same(viewer, "scores", curves(first, mode="normalised", centred=True))
+    viewer.field("Centred on the first token").uncheck()
+    viewer.field("Velocity (change per token)").check()
+    same(viewer, "scores", curves(first, mode="normalised", velocity=True))
+    viewer.field("Velocity (change per token)").uncheck()
+    viewer.field("Scores as").select_option("cosine")
+    smoothing = viewer.field("Smoothing, tokens")
+    smoothing.fill("1")
+    smoothing.press("Enter")
+    same(viewer, "scores", curves(first, smooth=1))
+    viewer.field("Layer").select_option("8")
+    same(viewer, "scores", curves([f"{trait}@8" for trait in sorted(stores.TRAITS)], smooth=1))
+    viewer.field("mood/calm").uncheck()
+    same(viewer, "scores", curves(["bs/evasion@8", "bs/lying@8"], smooth=1))
+    viewer.field("One line for each").select_option("layer")
+    viewer.field("Trait").select_option("bs/lying")
+    same(viewer, "scores", curves(["bs/lying@4", "bs/lying@8"], smooth=1))
+    viewer.field("One line for each").select_option("component")
+    same(viewer, "scores", curves(["bs/lying@8"], smooth=1))
+
+
+def test_cleaning_takes_dimensions_out_at_every_layer(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Trajectories&rollout=g1-lie&mode=raw&smooth=1&lines=layer&trait=bs/lying")
+    calibration = store.calibration()
+    top = calibration["top_dims"].values
+    often = [dim for dim in set(top.ravel().tolist()) if sum(dim in row for row in top.tolist()) >= 3]
+    for rule, dims in (("top5-3layers", often), ("all", sorted(set(top.ravel().tolist())))):
+        viewer.field("Massive dimensions taken out").select_option(rule)
+        wanted = {}
+        for layer in (4, 8):
+            rows = np.asarray(store.select("residual", rollouts="g1-lie", layers=layer).values, np.float64)
+            (vector,) = [d for d in stores.directions() if (d.trait, d.layer) == ("bs/lying", layer)]
+            unit = np.asarray(vector.values, np.float64) / np.linalg.norm(np.asarray(vector.values, np.float64))
+            rows[:, dims] = 0.0  # what is left of h . v without them
+            wanted[f"bs/lying@{layer}"] = rows @ unit
+        same(viewer, "scores", wanted)
+
+
+def test_bands_marks_and_the_range_of_the_curves(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Trajectories&rollout=g0-lie&mode=raw&smooth=1")
+    bands = {tuple(one) for one in viewer.evaluate(BANDS, "scores")}
+    assert {(-0.5, 19.5, "prompt"), (7.5, 19.5, "user"), (29.5, 35.5, "tool"), (19.5, 25.5, "thinking")} <= bands
+    assert (41.5, 47.5, "false_claim") in bands
+    values = np.array([oracle.drawn(store, "g0-lie", f"{t}@4", mode="raw", smooth=1) for t in stores.TRAITS])
+    low, high = viewer.evaluate(RANGE, "scores")
+    assert low <= values[:, 4:].min()
+    assert values[:, 4:].max() <= high < values[:, 0].max()  # the first token is eight times as large
+    norms = {f"residual@{n}": oracle.score(store, "g0-lie", "bs/lying@4")[1] for n in (4,)}
+    found = viewer.lines("norms")
+    np.testing.assert_allclose(found["residual@4"], norms["residual@4"], rtol=1e-5)
+    assert set(found) == {"residual@4", "residual@8", "residual@12"}
+    click_plot(viewer, "scores", 44, (low + high) / 2)
+    assert until(lambda: viewer.marks("scores").get("cursor"), lambda at: at == 44, page=viewer.page) == 44
+    assert viewer.marks("norms")["cursor"] == 44
+    assert viewer.page.locator(".t.pinned").get_attribute("data-i") == "44"
+
+
+def test_tokens_are_shaded_by_the_trait(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Transcript&rollout=g2-lie&trait=bs/lying&smooth=1")
+    for trait, layer in (("bs/lying", "4"), ("bs/evasion", "8")):
+        viewer.field("Trait").select_option(trait)
+        viewer.field("Layer").select_option(layer)
+        values = oracle.drawn(store, "g2-lie", f"{trait}@{layer}", smooth=1)
+        for token in (10, 39, 45, 60, 71):
+            wanted = oracle.shade_of(float(values[token]), values)
+            assert until(lambda at=token: viewer.colour(at), lambda c, w=wanted: near(c, w), page=viewer.page)
+            assert near(viewer.colour(token), wanted), (trait, token, viewer.colour(token), wanted)
+    assert viewer.page.locator(".legend .name").inner_text() == "bs/evasion@8"
+    assert "cosine" in viewer.page.locator(".legend .unit").inner_text()
+
+
+def near(found: str, wanted: str) -> bool:
+    """Whether two colours are the same but for a rounding of the opacity; what can't be seen has any colour."""
+    (*a, first), (*b, second) = ([float(number) for number in re.findall(r"[\d.]+", one)] for one in (found, wanted))
+    return abs(first - second) < 0.006 and (a == b or second < 0.006)
+
+
+def test_the_text_is_all_there_with_its_blocks_and_spans(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Transcript&rollout=g0-lie")
+    words = viewer.page.locator(".t").all_text_contents()
+    assert words == store.tokens("g0-lie")["text"].tolist()
+    titles = viewer.page.locator(".title").all_text_contents()
+    assert titles[0] == "system · turn 0"
+    assert "assistant · turn 2 · thinking, 6 tokens" in titles
+    marked = viewer.page.locator(".t.marked").evaluate_all("(all) => all.map((one) => Number(one.dataset.i))")
+    assert marked == list(range(36, 60))
+    assert viewer.page.locator(".tag").all_text_contents() == ["audit_response", "false_claim"]
+    thinking = viewer.page.locator("details.thinking")
+    viewer.field("Fold thinking").check()
+    assert until(lambda: thinking.get_attribute("open"), lambda found: found is None, page=viewer.page) is None
+    viewer.field("Fold thinking").uncheck()
+    assert until(lambda: thinking.get_attribute("open"), lambda found: found is not None, page=viewer.page) is not None
+    thinking.locator("summary").click()
+    assert thinking.get_attribute("open") is None
+
+
+def test_pointing_pinning_stepping_and_searching(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Transcript&rollout=g0-lie&smooth=1")
+    page = viewer.page
+    page.locator(".t[data-i='50']").hover()
+    card = page.locator(".card")
+    tokens = store.tokens("g0-lie")
+    assert card.get_attribute("data-at") == "50"
+    facts = card.locator("dd").all_text_contents()
+    assert facts[1:4] == [str(tokens["token_id"][50]), "50", "assistant, turn 4, response"]
+    rows = [row.split("\t") for row in card.locator("tbody tr").all_inner_texts()]
+    found = {row[0]: float(row[1]) for row in rows}
+    wanted = {label: oracle.drawn(store, "g0-lie", label, smooth=1)[50] for label in found}
+    assert len(found) == 6
+    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-3)
+    every = np.concatenate(
+        [oracle.drawn(store, name, "bs/lying@4", smooth=1) for name in map(str, store.rollouts.index)]
+    )
+    share = until(lambda: shares(card).get("bs/lying@4", ""), bool, page=page)
+    assert abs(float(share) - 100 * (every < wanted["bs/lying@4"]).mean()) <= 1.5
+    page.locator(".t[data-i='50']").click()
+    assert page.locator(".t.pinned").get_attribute("data-i") == "50"
+    for key, at in (("ArrowRight", "51"), ("ArrowRight", "52"), ("ArrowLeft", "51")):
+        page.keyboard.press(key)
+        page.locator(f".t.pinned[data-i='{at}']").wait_for()
+    assert until(lambda: "token=51" in page.evaluate("location.search"), bool, page=page)
+    text = store.text("g0-lie").lower()
+    page.get_by_label("Search the text").fill("DID ")
+    assert page.locator(".count").inner_text() == f"{text.count('did ')} found"
+    page.get_by_label("Next match").click()
+    first = int(page.locator(".t.pinned").get_attribute("data-i") or -1)
+    assert tokens["text"][first] == "did "
+    page.get_by_label("Search the text").press("Enter")
+    second = int(page.locator(".t.pinned").get_attribute("data-i") or -1)
+    assert second > first
+    page.get_by_label("Match before").click()
+    assert page.locator(f".t.pinned[data-i='{first}']").count() == 1
+    page.get_by_label("Search the text").press("ArrowRight")  # in the field it moves the caret, not the token
+    assert page.locator(f".t.pinned[data-i='{first}']").count() == 1
+
+
+def shares(card: Any) -> dict[str, str]:
+    """The percentiles that the card shows."""
+    rows = [row.split("\t") for row in card.locator("tbody tr").all_inner_texts()]
+    return {row[0]: row[2] for row in rows if len(row) > 2}
+
+
+def test_choosing_rollouts_and_stores(viewer: Viewer, kept: Path) -> None:
+    viewer.open("?view=Transcript")
+    rollout = viewer.field("Rollout")
+    assert rollout.input_value() == "g0-honest"
+    viewer.button("next →").click()
+    assert until(rollout.input_value, lambda value: value == "g0-lie", page=viewer.page) == "g0-lie"
+    viewer.button("← before").click()
+    assert until(rollout.input_value, lambda value: value == "g0-honest", page=viewer.page) == "g0-honest"
+    rollout.fill("")
+    rollout.press_sequentially("g3-l")
+    viewer.page.get_by_text("g3-lie", exact=True).click()
+    wanted = datastore.open(kept / "games.zarr").tokens("g3-lie")["text"].tolist()
+    assert (
+        until(lambda: viewer.page.locator(".t").all_text_contents(), lambda t: t == wanted, page=viewer.page) == wanted
+    )
+    viewer.field("Store").select_option("ids.zarr")
+    shown = datastore.open(kept / "ids.zarr").tokens("g0-honest")["token_id"].tolist()
+    found = until(lambda: viewer.page.locator(".t").all_text_contents(), lambda t: t and "⟨" in t[0], page=viewer.page)
+    assert found == [f"⟨{number}⟩" for number in shown]
+
+
+def test_a_pair_is_offered_and_compared(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Compare&rollout=g1-honest&trait=bs/lying&smooth=1")
+    assert (
+        until(lambda: viewer.field("Compare with (ids, by commas)").input_value(), bool, page=viewer.page) == "g1-lie"
+    )
+    row = viewer.rows("g2-honest")
+    assert viewer.cells(row).all_inner_texts()[:6] == [
+        "g2-honest", "g2-lie", "40", "56%", "honest", "fabrication",
+    ]  # fmt: skip
+    viewer.cells(row).first.click()
+    curves = [oracle.drawn(store, name, "bs/lying@4", smooth=1) for name in ("g2-honest", "g2-lie")]
+    same(viewer, "rollouts", {"g2-honest (honest)": curves[0], "g2-lie (fabrication)": curves[1]})
+    labels = [f"{trait}@4" for trait in sorted(stores.TRAITS)]
+    changes = {
+        label: oracle.drawn(store, "g2-lie", label, smooth=1) - oracle.drawn(store, "g2-honest", label, smooth=1)
+        for label in labels
+    }
+    same(viewer, "difference", changes)
+    assert viewer.marks("rollouts")["fork"] == stores.FORK - 0.5
+    assert viewer.marks("difference")["fork"] == stores.FORK - 0.5
+    heading = viewer.page.locator("h2", has_text="They part at token 40").inner_text()
+    assert re.search(r"bs/lying@\d moves first, 2 tokens later", heading)
+    moved = viewer.cells(viewer.rows("bs/evasion@4"))
+    assert int(moved.nth(1).inner_text()) in (8, 9, 10)  # planted 9 tokens after
+    sides = viewer.page.locator(".sides mark").all_inner_texts()
+    texts = [store.tokens(name)["text"].tolist() for name in ("g2-honest", "g2-lie")]
+    assert [side.split() for side in sides] == ["".join(text[stores.FORK :]).split() for text in texts]
+    others = viewer.field("Compare with (ids, by commas)")
+    others.fill("")
+    others.press_sequentially("g0-lie, g1-lie")
+    others.press("Enter")
+    names = ("g2-honest (honest)", "g0-lie (fabrication)", "g1-lie (fabrication)")
+    found = until(lambda: tuple(viewer.lines("rollouts")), lambda found: found == names, page=viewer.page)
+    assert found == names
+
+
+def test_groups_with_bands_and_effect_sizes(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Compare&against=Groups&trait=bs/lying&smooth=1")
+    page = viewer.page
+    lies = [f"g{i}-lie" for i in range(4)]
+
+    def binned(names: list[str], start: int) -> float:
+        inside = np.arange(stores.FORK + start, stores.FORK + start + 4)
+        return float(np.mean([oracle.drawn(store, name, "bs/lying@4", smooth=1)[inside] for name in names]))
+
+    found = until(lambda: viewer.lines("groups"), lambda lines: set(lines) == {"honest", "fabrication"}, page=page)
+    offsets = np.arange(-24, 64, 4)
+    for start in (-8, 0, 8, 20):
+        at = int(np.flatnonzero(offsets == start)[0])
+        assert found["fabrication"][at] == pytest.approx(binned(lies, start), rel=1e-3)
+    row = viewer.cells(viewer.rows("bs/lying@4"))
+    row.first.wait_for()
+    cells = row.all_inner_texts()
+    means = {
+        kind: np.array([oracle.drawn(store, f"g{i}-{kind}", "bs/lying@4", smooth=1)[20:].mean() for i in range(4)])
+        for kind in ("honest", "lie")
+    }
+    a, b = means["honest"], means["lie"]
+    effect = (b.mean() - a.mean()) / np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
+    assert float(cells[8].replace(",", "")) == pytest.approx(effect, rel=1e-2)
+    assert cells[1:3] == ["4", "4"]
+    assert cells[9] == "1"
+    viewer.field("Along").select_option("turn")
+    by_turn = until(lambda: viewer.lines("groups"), lambda f: len(f.get("honest", [])) == 5, page=page)
+    last = np.concatenate([oracle.drawn(store, name, "bs/lying@4", smooth=1)[36:] for name in lies])
+    assert by_turn["fabrication"][4] == pytest.approx(last.mean(), rel=1e-4)
+    viewer.field("Along").select_option("annotation")
+    by_label = until(lambda: viewer.lines("groups"), lambda f: len(f.get("fabrication", [])) == 2, page=page)
+    spans = np.concatenate([oracle.drawn(store, name, "bs/lying@4", smooth=1)[42:48] for name in lies])
+    assert by_label["fabrication"][1] == pytest.approx(spans.mean(), rel=1e-4)
+    viewer.field("Compared with").select_option("fabrication")
+    flipped = until(lambda: row.nth(8).inner_text(), lambda text: text.startswith("-"), page=page)
+    assert float(flipped.replace(",", "")) == pytest.approx(-effect, rel=1e-2)
+    viewer.field("Group by").select_option("stakes")
+    sets = until(lambda: set(viewer.lines("groups")), lambda f: f == {"0", "1", "2"}, page=page)
+    assert sets == {"0", "1", "2"}
+
+
+def test_two_stores(viewer: Viewer) -> None:
+    viewer.open("?view=Compare&against=Stores&rollout=g1-lie&mode=raw&smooth=1")
+    viewer.field("Compared with the store").select_option("others.zarr")
+    found = until(lambda: viewer.lines("store-difference"), lambda lines: len(lines) == 3, page=viewer.page)
+    # the same games captured again: the difference is nothing, over all four rollouts that both hold
+    assert all(np.abs(np.array(values, float)).max() < 1e-5 for values in found.values())
+    row = viewer.cells(viewer.rows("bs/lying@4"))
+    assert until(lambda: row.nth(1).inner_text(), bool, page=viewer.page) == "4"
+    viewer.field("Compared with the store").select_option("plain.zarr")
+    viewer.page.get_by_text("is not scored in both stores").wait_for()
+
+
+def test_the_table_of_rollouts(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?smooth=1&traits=bs/lying")
+    page = viewer.page
+    row = viewer.cells(viewer.rows("g1-lie"))
+    ids_shown = page.locator(".tabulator-cell[tabulator-field=rollout]:visible")
+    mean = oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=1)[20:].mean()
+    text = until(lambda: row.all_inner_texts(), lambda cells: len(cells) == 8, page=page)
+    assert text[:6] == ["g1-lie", "single_turn", "72", "audit", "fabrication", "1"]
+    assert float(text[6]) == pytest.approx(mean, rel=6e-3)
+    page.get_by_role("columnheader", name="bs/lying@4 mean").locator(".tabulator-col-sorter").click()
+    ids = until(
+        lambda: ids_shown.all_inner_texts(),
+        lambda t: t[:1] != ["g0-honest"],
+        page=page,
+    )
+    means = {
+        name: oracle.drawn(store, name, "bs/lying@4", smooth=1)[20:].mean() for name in map(str, store.rollouts.index)
+    }
+    assert ids == sorted(means, key=lambda name: means[name])
+    page.get_by_label("Filter label").fill("fabr")
+    page.get_by_label("Filter label").press("Enter")
+    kept = until(lambda: ids_shown.all_inner_texts(), lambda t: len(t) == 4, page=page)
+    assert set(kept) == {f"g{i}-lie" for i in range(4)}
+    viewer.cells(viewer.rows("g3-lie")).first.click()
+    assert until(viewer.field("Rollout").input_value, lambda v: v == "g3-lie", page=page) == "g3-lie"
+
+
+def test_heatmaps_spans_correlation_and_the_model(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?rollout=g0-lie&trait=bs/lying&smooth=1")
+    page = viewer.page
+    viewer.button("Heatmaps").click()
+    lying = oracle.drawn(store, "g0-lie", "bs/lying@4", smooth=1)
+    wanted = lying - np.median(lying[4:])
+    image = until(lambda: viewer.evaluate(IMAGE, "trait-by-token"), lambda found: len(found) == 3 * 72, page=page)
+    np.testing.assert_allclose(np.array(image, float).reshape(3, 72)[1], wanted, rtol=1e-3, atol=1e-6)
+    assert len(viewer.evaluate(IMAGE, "layer-by-token")) == 2 * 72
+    assert until(lambda: len(viewer.evaluate(IMAGE, "trait-by-rollout")), lambda n: n == 3 * 8, page=page) == 24
+    click_plot(viewer, "trait-by-token", 44.5, 1.5)
+    page.locator(".t.pinned[data-i='44']").wait_for()
+    viewer.button("Spans").click()
+    window = viewer.field("Window, tokens")
+    window.fill("8")
+    window.press("Enter")
+    means = np.convolve(lying, np.ones(8) / 8, mode="valid")
+    means[:4] = 0
+    best = int(np.argmax(np.abs(means)))
+    first = viewer.cells(viewer.rows().first)
+    cells = until(first.all_inner_texts, lambda c: len(c) > 3 and c[1:3] == [str(best), str(best + 8)], page=page)
+    assert cells[:3] == ["g0-lie", str(best), str(best + 8)]
+    assert float(cells[3]) == pytest.approx(means[best], abs=1e-4)
+    viewer.field("In").select_option("all rollouts")
+    peaks = {}
+    for name in map(str, store.rollouts.index):
+        values = np.convolve(oracle.drawn(store, name, "bs/lying@4", smooth=1), np.ones(8) / 8, mode="valid")
+        peaks[name] = np.abs(values[4:]).max()
+    top = max(peaks, key=lambda name: peaks[name])
+    assert until(lambda: first.all_inner_texts()[:1], lambda c: c == [top], page=page) == [top]
+    viewer.field("Spans of").select_option("clause")
+    assert until(lambda: first.nth(4).inner_text(), lambda t: bool(t), page=page)
+    first.nth(4).click()
+    assert until(lambda: page.evaluate("location.search"), lambda q: "view=Transcript" in q, page=page)
+    viewer.button("Overview").click()
+    viewer.button("Correlation").click()
+    same_token = until(lambda: viewer.evaluate(IMAGE, "correlation"), lambda f: len(f) == 36, page=page)
+    np.testing.assert_allclose(np.array(same_token, float).reshape(6, 6).diagonal(), 1.0, rtol=1e-5)
+    viewer.field("Lag, tokens (row first)").fill("2")
+    viewer.field("Lag, tokens (row first)").press("Enter")
+    later = until(lambda: viewer.evaluate(IMAGE, "correlation"), lambda f: f != same_token, page=page)
+    assert later[0] < 1
+    viewer.button("Calibration").click()
+    calibration = store.calibration()
+    found = until(lambda: viewer.lines("norm-by-layer"), bool, page=page)
+    np.testing.assert_allclose(found["residual"], calibration["norm"].values, rtol=1e-5)
+    viewer.button("Captured").click()
+    cells = until(lambda: viewer.evaluate(IMAGE, "captured-residual"), bool, page=page)
+    assert cells == [1.0] * (3 * 8)
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "csv"])
+def test_plots_are_saved(viewer: Viewer, store: datastore.Store, tmp_path: Path, kind: str) -> None:
+    viewer.open("?view=Trajectories&rollout=g1-lie&smooth=1&traits=bs/lying")
+    with viewer.page.expect_download() as waiting:
+        viewer.button(kind.upper()).click()
+    path = tmp_path / waiting.value.suggested_filename
+    waiting.value.save_as(path)
+    assert path.name == f"scores.{kind}"
+    if kind == "csv":
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        wanted = oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=1)
+        np.testing.assert_allclose([float(row["bs/lying@4"]) for row in rows], wanted, rtol=1e-4)
+        assert [int(row["position"]) for row in rows] == list(range(72))
+    elif kind == "png":
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    else:
+        assert path.read_text(encoding="utf-8").startswith("<svg")
+        assert "bs/lying@4" in path.read_text(encoding="utf-8")
+
+
+def test_an_address_restores_what_was_looked_at(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Trajectories&rollout=g1-lie")
+    viewer.field("Scores as").select_option("raw")
+    viewer.field("Layer").select_option("8")
+    viewer.field("Trait").select_option("mood/calm")
+    viewer.field("bs/evasion").uncheck()
+    viewer.page.locator(".t[data-i='45']").click()
+    page = viewer.page
+    address = until(lambda: page.evaluate("location.search"), lambda q: "token=45" in q, page=page)
+    wanted = {label: oracle.drawn(store, "g1-lie", label, mode="raw") for label in ("bs/lying@8", "mood/calm@8")}
+    same(viewer, "scores", wanted)
+    viewer.open(address)
+    same(viewer, "scores", wanted)
+    assert viewer.field("Trait").input_value() == "mood/calm"
+    assert page.locator(".t.pinned").get_attribute("data-i") == "45"
+    assert viewer.marks("scores")["cursor"] == 45
+    assert until(lambda: page.evaluate("location.search"), lambda q: q == address, page=page) == address
+    viewer.button("Transcript").click()
+    assert until(lambda: page.evaluate("location.search"), lambda q: "view=Transcript" in q, page=page)
+    page.go_back()
+    assert until(lambda: "bk-active" in (viewer.button("Trajectories").get_attribute("class") or ""), bool, page=page)
+
+
+def test_dark_and_light(viewer: Viewer) -> None:
+    viewer.open("?view=Trajectories&rollout=g1-lie")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    assert viewer.page.evaluate(paper) == "rgb(255, 255, 255)"
+    viewer.button("Dark").click()
+    viewer.button("Light").wait_for()
+    viewer.page.locator(".t").first.wait_for()
+    assert viewer.page.evaluate(paper) == "rgb(27, 30, 35)"
+    assert viewer.field("Rollout").input_value() == "g1-lie"
+    viewer.button("Light").click()
+    viewer.button("Dark").wait_for()
+    assert viewer.page.evaluate(paper) == "rgb(255, 255, 255)"
+
+
+@pytest.mark.parametrize("query", ["?", "?view=Transcript&token=45&theme=dark", "?view=Trajectories", "?view=Compare"])
+def test_no_serious_barrier(viewer: Viewer, query: str) -> None:
+    viewer.open(query)
+    assert until(viewer.violations, lambda found: not found, page=viewer.page) == []
+
+
+def test_it_fits_a_small_and_a_large_window(viewer: Viewer) -> None:
+    viewer.open("?view=Compare&rollout=g1-honest")
+    for width in (1280, 2560):
+        viewer.page.set_viewport_size({"width": width, "height": 1000})
+        fits = "document.scrollingElement.scrollWidth <= innerWidth"
+        assert until(lambda: viewer.page.evaluate(fits), bool, page=viewer.page)
