@@ -40,11 +40,11 @@ class Sizes:
     """
 
     games: int = 400
-    again: int = 12
+    again: int = 8
     pairs: int = 14
     twins: int = 12
     others: int = 10
-    questions: int = 2000
+    questions: int = 1600
     kept: int = 40
 
 
