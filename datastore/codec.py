@@ -8,6 +8,7 @@ import math
 import struct
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, Self
@@ -15,6 +16,7 @@ from typing import Any, Final, Self
 import google_crc32c
 import numpy as np
 from numcodecs.blosc import Blosc
+from numcodecs.vlen import VLenUTF8
 from numpy.typing import NDArray
 
 # Importing these sets numcodecs.blosc.use_threads = False: Blosc then works in the calling thread with the GIL
@@ -25,14 +27,18 @@ from datastore.dtype import numpy_dtype
 from datastore.errors import CorruptError, MisuseError
 from datastore.schema import DTYPES, Codec
 
-__all__ = ["ChunkDecoder", "encode", "encode_pieces", "zarr_codecs"]
+__all__ = ["ChunkDecoder", "decode_text", "encode", "encode_pieces", "zarr_codecs"]
 
 _SHUFFLES: Final = ("noshuffle", "shuffle", "bitshuffle")
 _SHUFFLE: Final = {"zstd": 1, "lz4": 2}
 """lz4 has no entropy coder: bfloat16 shrinks 1.03 times after byte shuffle and 1.31 times after bit shuffle."""
 _BLOSC_HEADER: Final = struct.Struct("<4B3I")
 _CRC: Final = struct.Struct("<I")
-_COUNTS: Final = ("int32", "int64")
+_COUNTS: Final = ("int8", "uint8", "bool", "int32", "int64")
+_WITHOUT_ORDER: Final = ("int8", "uint8", "bool")
+"""Of one byte: the codec `bytes` then says no byte order."""
+_MALFORMED: Final = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
+"""What metadata that someone edited may raise; it is then not metadata that is known here."""
 _MOST_OVERHEAD: Final = _BLOSC_HEADER.size + _CRC.size
 
 
@@ -138,9 +144,10 @@ class ChunkDecoder:
         keys, and the codec lists `bytes` (little-endian), then perhaps `blosc`, then perhaps `crc32c`. Sharded or
         transposed arrays, codecs in another order and anything newer are not.
         """
-        shape, chunk = metadata.get("shape"), _regular_chunk(metadata)
-        if shape is None or chunk is None or len(chunk) != 3 or chunk[1:] != [1, shape[2]]:
-            return None
+        with suppress(*_MALFORMED):
+            shape, chunk = metadata["shape"], _regular_chunk(metadata)
+            if chunk is None or len(chunk) != 3 or chunk[1:] != [1, shape[2]]:
+                return None
         return cls.of_any(metadata) if metadata.get("data_type") in tuple(DTYPES) else None
 
     @classmethod
@@ -149,6 +156,12 @@ class ChunkDecoder:
 
         The codec lists known are those of `of`.
         """
+        with suppress(*_MALFORMED):
+            return cls._of_known(metadata)
+        return None
+
+    @classmethod
+    def _of_known(cls, metadata: Mapping[str, Any]) -> Self | None:
         chunk, name = _regular_chunk(metadata), str(metadata.get("data_type"))
         codecs = [_named(codec) for codec in metadata.get("codecs", ())]
         names = [name for name, _ in codecs]
@@ -159,7 +172,7 @@ class ChunkDecoder:
             and (name in DTYPES or name in _COUNTS)
             and _default_keys(metadata)
             and names in (["bytes"], ["bytes", "blosc"], ["bytes", "crc32c"], ["bytes", "blosc", "crc32c"])
-            and codecs[0][1].get("endian") == "little"
+            and (codecs[0][1].get("endian") == "little" or name in _WITHOUT_ORDER)
         )
         if not known or not chunk:
             return None
@@ -208,6 +221,36 @@ class ChunkDecoder:
             raise CorruptError(f"it holds {len(body)} bytes of values where a chunk has {self.nbytes}")
         else:
             np.copyto(out.reshape(-1).view(np.uint8), body)
+
+
+def decode_text(raw: bytes, metadata: Mapping[str, Any], *, most: int) -> NDArray[Any]:
+    """Decode one chunk of an array of strings that decodes to at most `most` bytes.
+
+    Raises
+    ------
+    CorruptError
+        It was changed, claims to be larger, or holds another number of strings than a chunk does.
+    """
+    names = [_named(codec)[0] for codec in metadata.get("codecs", ())]
+    if names not in (["vlen-utf8", "blosc", "crc32c"], ["vlen-utf8", "crc32c"]):
+        raise CorruptError(f"its codecs {names} are not those of strings in a store")
+    body = _checked(np.frombuffer(raw, np.uint8))
+    if "blosc" in names:
+        if len(body) < _BLOSC_HEADER.size:
+            raise CorruptError(f"it is cut off: {len(body)} bytes are less than a Blosc header")
+        n_bytes = _BLOSC_HEADER.unpack(body[: _BLOSC_HEADER.size].tobytes())[4]
+        if n_bytes > most:
+            raise CorruptError(f"it claims to decode to {n_bytes:,} bytes, where at most {most:,} can be")
+        out = np.empty(n_bytes, np.uint8)
+        _decompress(body, out)
+        body = out
+    n, found = math.prod(_regular_chunk(metadata) or [0]), int.from_bytes(body[:4].tobytes(), "little")
+    if len(body) < 4 + 4 * n or found != n:  # before room is made for them
+        raise CorruptError(f"it holds {found} strings where a chunk has {n}")
+    try:
+        return np.asarray(VLenUTF8().decode(body), dtype=object)
+    except ValueError as error:
+        raise CorruptError(f"its strings do not decode ({error})") from error
 
 
 def _checked(body: NDArray[np.uint8]) -> NDArray[np.uint8]:

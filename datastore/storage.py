@@ -7,6 +7,7 @@ knows what a plan or a rollout means beyond the arrays that hold it.
 import ctypes
 import errno
 import json
+import math
 import os
 import shutil
 import threading
@@ -36,6 +37,7 @@ from datastore.errors import (
     NotAStoreError,
     ReadOnlyError,
 )
+from datastore.plainfile import MOST_ARRAY, read_json, read_plain, read_small, shape_of
 from datastore.schema import FORMAT, FORMAT_VERSION, Codec
 
 __all__ = [
@@ -93,10 +95,9 @@ def open_root(path: Path) -> None:
     if not path.exists():
         raise NotAStoreError(f"{path} does not exist, so there is no store to read; check the path, or capture into it")
     try:
-        root = json.loads((path / "zarr.json").read_text())
-    except (OSError, ValueError):
-        root = {}
-    found = (root.get("attributes") if isinstance(root, dict) else None) or {}
+        found = attributes(path)
+    except CorruptError:
+        found = {}
     if found.get("format") != FORMAT:
         raise NotAStoreError(
             f"{path} exists and is not an activation store (its zarr.json does not name the format {FORMAT!r}); "
@@ -209,7 +210,9 @@ def set_attributes(path: Path, attrs: Mapping[str, Any]) -> None:
 def attributes(path: Path) -> dict[str, Any]:
     """Return the attributes of the group or array at `path`."""
     found = array_metadata(path).get("attributes", {})
-    return dict(found)
+    if not isinstance(found, dict):
+        raise CorruptError(f"{path / 'zarr.json'} has attributes that are no JSON object; what it describes is lost")
+    return found
 
 
 def array_metadata(path: Path) -> dict[str, Any]:
@@ -220,13 +223,7 @@ def array_metadata(path: Path) -> dict[str, Any]:
     CorruptError
         It is missing or is not JSON.
     """
-    try:
-        meta = json.loads((path / "zarr.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise CorruptError(f"{path / 'zarr.json'} can't be read ({error}); what it describes is lost") from error
-    if not isinstance(meta, dict):
-        raise CorruptError(f"{path / 'zarr.json'} holds no JSON object; what it describes is lost")
-    return meta
+    return read_json(path / "zarr.json")
 
 
 def create_array(
@@ -272,17 +269,30 @@ def zarr_array(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Array[Any]:
         array = zarr.open_array(LocalStore(path), mode=mode)
     except FileNotFoundError as error:
         raise CorruptError(f"the array {path} is missing; what it holds is lost") from error
+    except Exception as error:  # whatever Zarr raises for metadata that someone edited
+        raise CorruptError(f"{path} is described in a way that Zarr does not read ({error})") from error
     return array.with_config({"write_empty_chunks": True})  # open_array takes a config and drops it
 
 
-def read_array(path: Path) -> NDArray[Any]:
+def read_array(path: Path, metadata: Mapping[str, Any] | None = None) -> NDArray[Any]:
     """Read a small array whole.
+
+    Parameters
+    ----------
+    path : Path
+    metadata : mapping, optional
+        Its zarr.json, where that is known already, such as from the consolidated metadata of its capture.
 
     Raises
     ------
     CorruptError
         A chunk is missing or does not decode: absent is never read as the fill value.
     """
+    if metadata is None and not (path / "zarr.json").exists():
+        raise CorruptError(f"the array {path} is missing; what it holds is lost")
+    known = read_small(path, array_metadata(path) if metadata is None else metadata)
+    if known is not None:
+        return known
     array = zarr_array(path)
     missing = array.nchunks - array.nchunks_initialized if array.size else 0
     if missing:
@@ -302,11 +312,14 @@ def read_region(path: Path, region: Sequence[slice]) -> NDArray[Any]:
         A chunk of it is missing or does not decode: absent is never read as the fill value.
     """
     array, decoder = _opened(path, _mark(path))
+    n_values = math.prod(max(0, part.stop - part.start) for part in region)
+    if n_values * 8 > MOST_ARRAY:
+        raise CorruptError(f"{path} was asked for {n_values:,} values at once, more than any table or statistic has")
     sizes = array.shards or array.chunks
     grid = [range(part.start // size, -(-part.stop // size)) for part, size in zip(region, sizes, strict=True)]
     files = {index: path / array.metadata.encode_chunk_key(index) for index in product(*grid)}
     for file in files.values():
-        if not file.is_file():
+        if not file.exists():
             raise CorruptError(f"{file} is missing; what it holds is lost")
     try:
         if decoder is None:
@@ -323,7 +336,7 @@ def _decoded(
     out = np.empty([part.stop - part.start for part in region], decoder.dtype)
     buffer = np.empty((decoder.tokens, decoder.width), decoder.dtype)
     for index, file in files.items():
-        decoder.decode_into(file.read_bytes(), buffer)
+        decoder.decode_into(read_plain(file, decoder.most_bytes), buffer)
         bounds = [
             (max(part.start, i * n), min(part.stop, (i + 1) * n), part.start, i * n)
             for part, i, n in zip(region, index, sizes, strict=True)
@@ -346,8 +359,14 @@ def _mark(path: Path) -> tuple[int, int, int]:
 @lru_cache(maxsize=256)
 def _opened(path: Path, mark: tuple[int, int, int]) -> tuple[zarr.Array[Any], ChunkDecoder | None]:
     """Open an array once for many regions of it: opening takes longer than reading a small one."""
-    array = zarr_array(path)
-    return array, ChunkDecoder.of_any(array_metadata(path))
+    metadata = array_metadata(path)
+    try:
+        shape, chunk = shape_of(metadata)
+        if math.prod(chunk) * 8 > MOST_ARRAY:
+            raise ValueError(f"it claims to be {shape} in chunks of {chunk}")
+    except ValueError as error:
+        raise CorruptError(f"{path} does not decode ({error}); what it holds is lost") from error
+    return zarr_array(path), ChunkDecoder.of_any(metadata)
 
 
 def chunk_file(array: Path, index: Sequence[int]) -> Path:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from datastore.codec import ChunkDecoder
 from datastore.errors import CorruptError, MisuseError
+from datastore.plainfile import READ_FLAGS
 
 __all__ = ["Block", "Source", "Span", "blocks", "map_blocks"]
 
@@ -285,7 +286,7 @@ def _with_later(groups: Iterator[_Group]) -> Iterator[tuple[_Group, _Group | Non
 def _touch(file: Path) -> None:
     """Read the first bytes of a file, so that the kernel begins to bring it into its cache before its turn."""
     with suppress(OSError):  # whoever reads the file says what is wrong with it
-        descriptor = os.open(file, os.O_RDONLY)
+        descriptor = os.open(file, READ_FLAGS)
         try:
             os.preadv(descriptor, [bytearray(1)], 0)
         finally:
@@ -322,6 +323,8 @@ def _decode(source: Source, decoder: ChunkDecoder, values: NDArray[Any]) -> None
         if not source.path.is_dir():
             raise CorruptError(f"{source.describe()} is gone with its capture; open the store again") from error
         raise CorruptError(f"{source.describe()} is missing{_REPAIR}") from error
+    except OSError as error:
+        raise CorruptError(f"{source.describe()} can't be read ({error.strerror}){_REPAIR}") from error
     except CorruptError as error:
         raise CorruptError(f"{source.describe()} can't be used: {error}{_REPAIR}") from error
 
@@ -342,7 +345,7 @@ def _file_bytes(file: Path, most: int) -> NDArray[np.uint8]:
     scratch = getattr(_thread, "scratch", None)
     if scratch is None or len(scratch) <= most:
         scratch = _thread.scratch = _aligned(most + 1)
-    descriptor = os.open(file, os.O_RDONLY)
+    descriptor = os.open(file, READ_FLAGS)
     try:
         size = _cached(descriptor, scratch[: most + 1])
         if size < min(most + 1, os.fstat(descriptor).st_size):

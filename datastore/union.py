@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datastore.errors import AbsentError, ConflictError, CorruptError
+from datastore.errors import AbsentError, ConflictError, CorruptError, DatastoreError
 from datastore.layout import Ragged
 from datastore.schema import ComponentSpec, Rollout, digest
-from datastore.storage import attributes, numbered, read_array
+from datastore.storage import array_metadata, attributes, numbered, read_array
 
 __all__ = [
     "Capture",
@@ -369,19 +369,58 @@ def gone(drops: Iterable[Drop]) -> frozenset[int]:
 
 def load_capture(path: Path, number: int) -> Capture:
     """Read one capture's metadata and table."""
-    attrs = attributes(path)
-    table = path / "rollouts"
-    if "layers" not in attrs:
+    if path.is_symlink():
+        raise CorruptError(f"{path} is a link, which a store does not hold; put what it leads to in its place")
+    described = array_metadata(path)
+    attrs, members = described.get("attributes"), _members(described)
+    if not isinstance(attrs, dict) or "layers" not in attrs:
         raise CorruptError(f"{path} is no capture (its zarr.json lacks the layers); remove it or restore it")
-    return Capture(
+
+    def column(name: str) -> NDArray[Any]:
+        return read_array(path / "rollouts" / name, members.get(f"rollouts/{name}"))
+
+    capture = Capture(
         number=number,
         path=path,
         attrs=attrs,
-        rollout_ids=tuple(str(v) for v in read_array(table / "rollout_id")),
-        counts=read_array(table / "n_tokens").astype(np.int64),
-        token_sha256=tuple(str(v) for v in read_array(table / "token_sha256")),
-        batch=read_array(table / "batch").astype(np.int64),
+        rollout_ids=tuple(map(str, column("rollout_id").tolist())),
+        counts=column("n_tokens").astype(np.int64),
+        token_sha256=tuple(map(str, column("token_sha256").tolist())),
+        batch=column("batch").astype(np.int64),
     )
+    _check(capture)
+    return capture
+
+
+def _members(described: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the metadata of a group's arrays from its consolidated metadata, as far as there is any."""
+    consolidated = described.get("consolidated_metadata")
+    found = consolidated.get("metadata") if isinstance(consolidated, dict) else None
+    known = found if isinstance(found, dict) else {}
+    return {name: one for name, one in known.items() if isinstance(one, dict)}
+
+
+def _check(capture: Capture) -> None:
+    """Refuse a capture whose description could not be of one, so that nothing that reads it meets the unexpected."""
+    attrs, n = capture.attrs, len(capture.rollout_ids)
+    try:
+        layers, components = capture.layers, capture.components
+        sound = (
+            all(type(layer) is int and layer >= 0 for layer in layers)
+            and components
+            and n == len(capture.counts) == len(capture.token_sha256) == len(capture.batch)
+            and bool((capture.counts > 0).all())
+            and isinstance(attrs["provenance"], dict)
+            and isinstance(attrs["provenance"].get("model") or {}, dict)
+            and isinstance(attrs["batches"], list)
+            and isinstance(attrs["statistics"], str)
+            and isinstance(attrs.get("stored_bytes") or {}, dict)
+        )
+        _ = capture.model, capture.model_name, capture.batches
+    except (KeyError, TypeError, ValueError, AttributeError, DatastoreError) as error:
+        raise CorruptError(f"{capture.path} is no capture ({error!r:.200}); remove it or restore it") from error
+    if not sound:
+        raise CorruptError(f"{capture.path} is no capture (its metadata and table do not fit); remove it or restore it")
 
 
 def load_drops(path: Path, numbers: Iterable[int] | None = None) -> list[Drop]:

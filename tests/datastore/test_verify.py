@@ -161,7 +161,7 @@ def swap(a: tuple[int, int], b: tuple[int, int]) -> Callable[[Path], None]:
 # What is done to a store; what is said of it, some of it only by a full check; what is dropped: captures, or cells.
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a chunk emptied": (overwrite("residual/c/2/1/0", b""), r"residual at layer 5, tokens 32-48 .* is broken"),
-    "a chunk too large": (overwrite("k_proj/c/0/0/0", bytes(9999)), "larger than any chunk of it can be"),
+    "a chunk too large": (overwrite("k_proj/c/0/0/0", bytes(9999)), "9,999 bytes, where at most 404 can be; it was not read"),
     "chunks of two layers swapped": (swap((0, 1), (1, 1)), "at layer 1, tokens 16-32 .* norms of 16 tokens are not"),
     "chunks of one layer swapped": (swap((0, 1), (0, 2)), "at layer 1, tokens 32-48 .* norms of 16 tokens are not"),
     "shape": (edit_json("residual", shape=[90, 2, 16]), r"consolidated metadata differ in shape"),
@@ -267,7 +267,9 @@ def test_a_link_is_named(store: Path) -> None:
     file = chunk(store, "residual", 0, 0)
     file.rename(store.parent / "elsewhere")
     file.symlink_to(store.parent / "elsewhere")
-    assert "residual/c/0/0/0 is a link" in only(verify(store))
+    found, unread = verify(store).problems  # no reader follows it
+    assert "residual/c/0/0/0 is a link" in found.message
+    assert "it is a link, which a store does not hold" in unread.message
 
 
 def test_damage_beside_the_captures_is_found(store: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from tests.faults.zygote import Zygote
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Zygote:
-    return Zygote(*PRELOAD, "tests.faults.power")
+def zygote() -> Iterator[Zygote]:
+    with Zygote(*PRELOAD, "tests.faults.power") as one:
+        yield one
 
 
 @pytest.mark.parametrize("name", ["growth", "gc"])
