@@ -109,9 +109,11 @@ def _plain(value: Any) -> Any:
 
 def npy(values: NDArray[Any], headers: Mapping[str, str]) -> Response:
     """Return one array as a `.npy` file; what its axes are is in the headers."""
-    file = io.BytesIO()
-    np.save(file, np.ascontiguousarray(values), allow_pickle=False)
-    return _in_pieces(file.getbuffer(), media_type=NPY, headers=headers)
+    whole = np.ascontiguousarray(values)
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(whole))
+    body = whole.reshape(-1).view(np.uint8).data
+    return _in_pieces(head.getbuffer(), body, media_type=NPY, headers=headers)
 
 
 def arrow(columns: Mapping[str, Any], metadata: Mapping[str, str]) -> Response:
@@ -126,14 +128,15 @@ def arrow(columns: Mapping[str, Any], metadata: Mapping[str, str]) -> Response:
     return _in_pieces(memoryview(sink.getvalue()), media_type=ARROW)
 
 
-def _in_pieces(body: memoryview, *, media_type: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Send a large body piece by piece: in one it would be copied whole into the connection's buffer."""
+def _in_pieces(*parts: memoryview, media_type: str, headers: Mapping[str, str] | None = None) -> Response:
+    """Send large parts piece by piece, without a copy: a body in one would be copied into the connection's buffer."""
 
     async def pieces() -> AsyncIterator[memoryview]:
-        for start in range(0, len(body), PIECE):
-            yield body[start : start + PIECE]
+        for part in parts:
+            for start in range(0, len(part), PIECE):
+                yield part[start : start + PIECE]
 
-    known = {"Content-Length": str(len(body)), **(headers or {})}
+    known = {"Content-Length": str(sum(map(len, parts))), **(headers or {})}
     return StreamingResponse(pieces(), media_type=media_type, headers=known)
 
 
