@@ -48,10 +48,11 @@ def test_the_tree_is_read_as_any_other() -> None:
 def turns(one: Transcript) -> list[tuple[str, str]]:
     """Role and text of each turn, from the token ids."""
     out = []
-    for text in TOKENIZER.decode(list(one.token_ids or ())).split("<|im_start|>")[1:]:
+    whole = TOKENIZER.decode(list(one.token_ids or ()))
+    for text in whole.split("<|im_start|>")[1:]:
         role, _, body = text.partition("\n")
-        assert body.endswith("<|im_end|>")
         out.append((role, body.removesuffix("<|im_end|>")))
+    assert whole.count("<|im_end|>") == len(out) - (one.prompt_set == QUESTION_SET)
     return out
 
 
@@ -121,7 +122,7 @@ def test_single_turn_answers_are_as_often_true_as_false_in_the_same_words() -> N
     pairs: dict[Any, list[Transcript]] = defaultdict(list)
     for one in ASKED:
         asked = single(int(str(one.labels["run"]).removeprefix("question-")))
-        text = turns(one)[-1][1]
+        text = turns(one)[-1][1]  # up to the full stop: what follows would say how it was meant
         assert (turns(one)[1][1], text) == (asked.messages[1]["content"], one.labels["answer"])
         answer = parse_answer(asked.question, text)
         assert answer is not None
