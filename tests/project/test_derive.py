@@ -120,3 +120,17 @@ def test_a_difference_is_cleaned_of_the_difference(tmp_path: Path) -> None:
     np.testing.assert_allclose(change.score.sel(rollout="b").values[:, 0], exact(values, ONE.values), atol=1e-4)
     values[:, 8] = 0
     np.testing.assert_allclose(clean.score.sel(rollout="b").values[:, 0], exact(values, ONE.values), atol=1e-4)
+
+
+def test_a_difference_of_what_was_calibrated_otherwise_is_cleaned_as_far_as_both_kept_it(tmp_path: Path) -> None:
+    rollouts = [rollout(name, n) for name, n in NAMES.items()]
+    stores = [write_store(tmp_path / f"{seed}.zarr", rollouts, seed=seed) for seed in (0, 1)]
+    a, b = (project.scores(store, [ONE], dims=dims) for store, dims in zip(stores, ([3, 8], [8, 5]), strict=True))
+    change = modeldiff.difference(a, b)
+    assert change.dim.values.tolist() == [8]
+    values = wide("b", 10, seed=1) - wide("b", 10)
+    values[:, 8] = 0
+    clean = derive.cleaned(change, [8], top_dims={})
+    np.testing.assert_allclose(clean.score.sel(rollout="b").values[:, 0], exact(values, ONE.values), atol=1e-4)
+    with pytest.raises(AbsentError, match=r"dimensions \[5\] of layer 10 were not kept"):
+        derive.cleaned(change, [5], top_dims={})
