@@ -14,7 +14,7 @@ TEST_ENV := $(QUIET_ENV) HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 OPENBLAS_NUM_TH
 DEMO_RUN = $(QUIET_ENV) $(BIN)/python -m
 JOBS ?= 2
 
-.PHONY: setup demo report test check lint types imports bench bench-calibrate bench-store bench-capture bench-import bench-project bench-scale bench-api bench-faults clean
+.PHONY: setup demo report test check lint types imports bench bench-calibrate bench-store bench-capture bench-import bench-project bench-scale bench-serve bench-api bench-faults clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)

@@ -230,9 +230,11 @@ def listen(host: str, port: int) -> socket.socket:
         It is taken, or the address is not one of this machine.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+        family, kind, protocol, _, address = found[0]
         with contextlib.ExitStack() as closing:
-            sock = closing.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            # asyncio sends small answers at once only on a socket that names its protocol.
+            sock = closing.enter_context(socket.socket(family, kind, protocol))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
             sock.listen(128)
