@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,11 @@ def apply_adapter(model: Any, adapter: str) -> Any:
     n_layers = model.config.get_text_config().num_hidden_layers
     try:
         config = peft.PeftConfig.from_pretrained(str(directory))
-        config.inference_mode = True
-        adapted: Any = peft.get_peft_model(model, config)
+        config.inference_mode, config.task_type = True, None  # a model without head has no task
+        with warnings.catch_warnings():
+            # peft still reads an attribute that transformers renames
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            adapted: Any = peft.get_peft_model(model, config)
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(
             f"the adapter {adapter} can't be put over the model: {' '.join(str(error).split())}"

@@ -30,7 +30,7 @@ def auto_batch_tokens(config: Any, device: Any, *, device_bytes: int | None = No
     config : transformers config
         Of the model or of its text part.
     device : str or torch.device
-        Only its type counts, and for an accelerator its total memory.
+        Only its type counts, and for an accelerator its total memory; a device map counts as a CPU.
     device_bytes : int, optional
         Total memory of the device; of an accelerator read from it when not given.
 
@@ -39,7 +39,7 @@ def auto_batch_tokens(config: Any, device: Any, *, device_bytes: int | None = No
     int
         A power of two from 512 to 16384.
     """
-    kind = str(device).partition(":")[0]
+    kind = "cpu" if str(device).endswith(".json") else str(device).partition(":")[0]
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     itemsize = 4 if "float32" in str(getattr(text, "dtype", None)) else 2
     host = text.hidden_size * text.num_hidden_layers * itemsize

@@ -85,9 +85,7 @@ def measure(
         ids = random.integers(0, table.vocab_size or 2, (max(1, tokens // length), length))
         batch = [(str(i), one) for i, one in enumerate(ids)]
         with _Peak(device) as peak, Staging() as staging:
-            run_batch(
-                model, table, batch, layers=layers, components=names, put=lambda *_, **__: None, staging=staging
-            )
+            run_batch(model, table, batch, layers=layers, components=names, put=lambda *_, **__: None, staging=staging)
         peaks.append(peak.bytes)
     slope = max(1.0, (peaks[2] - peaks[1]) / (sizes[1] - sizes[0]))
     widths = sum(table.hook(name, layer).width for name in names for layer in layers)

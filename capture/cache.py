@@ -223,6 +223,8 @@ def read(directory: Path) -> Manifest:
     CacheError
         There is no manifest (a cache that was not finished has none), or a file is missing or of another size.
     """
+    if not directory.is_dir():
+        raise CacheError(f"there is no cache at {directory}; build it with python -m capture cache build")
     try:
         raw = json.loads((directory / MANIFEST).read_text())
         if raw["format"] != FORMAT:

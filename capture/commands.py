@@ -6,12 +6,13 @@ Torch and transformers are imported inside the command, so that help is instant.
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capture import exchange, submitting
+from capture import cache_commands, exchange, submitting
 from datastore import console
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ app = console.CommandGroup(
     default="capture",
 )
 
+cache_commands.register(app)
 exchange.register(app)
 submitting.register(app)
 
@@ -82,10 +84,23 @@ def capture(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut rollouts longer than the model's context; recorded.")
     ] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option("--device", help="auto, cpu, cuda, cuda:1, or a .json map of modules to devices."),
+    ] = "auto",
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Compute and store in this dtype; default the checkpoint's.")
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", metavar="DIR|NAME", help="A LoRA adapter over the model; recorded. A variant's own."),
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", metavar="8bit|4bit", help="Quantise by bitsandbytes while loading.")
+    ] = None,
+    expert_workspace: Annotated[
+        str, typer.Option("--expert-workspace", metavar="SIZE", help="Memory to multiply INT4 experts out in.")
+    ] = "2GiB",
     hook_path: Annotated[
         list[str] | None,
         typer.Option("--hook-path", metavar="COMPONENT=PATH", help="Where a component is, as model.blocks.{layer}."),
@@ -100,6 +115,7 @@ def capture(
 ) -> None:
     """Capture activations of rollouts into a store; the same command goes on where it was interrupted."""
     (piece, device), budget, hook_paths = _part(part, device), _budget(batch_tokens), _hook_paths(hook_path)
+    workspace = console.parse_bytes(expert_workspace)
     if codec not in CODECS:
         raise typer.BadParameter(f"--codec {codec!r} is not known; choose one of {', '.join(CODECS)}.")
     chosen = console.parse_list(ids)
@@ -110,6 +126,7 @@ def capture(
         raise typer.BadParameter("--input and --experiment both name transcripts; give one of them.")
     # Seconds to load; what is wrong with the command line itself is said before.
     from capture.experiment_source import read_tree
+    from capture.loading import describe
     from capture.request import Choice, Settings, read_request
 
     transcripts: Sequence[Any] | None = inputs
@@ -123,11 +140,19 @@ def capture(
             model=model,
         )
         store, model, transcripts = tree.store, tree.model, tree.transcripts
+        adapter = adapter or tree.adapter
     assert store is not None  # without a tree it was asked for above
 
+    described: Any = model
+    if adapter or quantize:
+        if model is None:
+            raise typer.BadParameter("--adapter and --quantize speak of a model; name it with --model.")
+        described = describe(
+            model, revision=revision, trust_remote_code=trust_remote_code, adapter=adapter, quantize=quantize
+        )
     request = read_request(
         store,
-        model=model,
+        model=described,
         revision=revision,
         inputs=transcripts,
         layers=layers or "all",
@@ -151,7 +176,7 @@ def capture(
     if dry_run:
         _plan(request, memory=memory, as_json=as_json)
     else:
-        _capture(request, part=piece, memory=memory, as_json=as_json)
+        _capture(request, part=piece, memory=memory, workspace=workspace, as_json=as_json)
 
 
 def _part(text: str | None, device: str) -> tuple[tuple[int, int], str]:
@@ -202,12 +227,15 @@ def _plan(request: "Request", *, memory: int, as_json: bool) -> None:
     report_plans(request, plans_of(request, provenance), memory=memory, hashed=hashed, as_json=as_json)
 
 
-def _capture(request: "Request", *, part: tuple[int, int], memory: int, as_json: bool) -> None:
+def _capture(request: "Request", *, part: tuple[int, int], memory: int, workspace: int, as_json: bool) -> None:
+    from capture.budgeting import with_budget
     from capture.report import report_done
     from capture.request import plans_of, provenance_of
     from capture.runner import carry_out
 
     provenance = provenance_of(request)
+    source = cache(lambda: _load(request, provenance["settings"]["attn_implementation"], workspace, quiet=as_json))
+    request = with_budget(request, provenance, source)
     plans = plans_of(request, provenance)
     planned = {rollout.rollout_id for plan in plans for rollout in plan.rollouts}
     try:
@@ -215,7 +243,7 @@ def _capture(request: "Request", *, part: tuple[int, int], memory: int, as_json:
             done: Done = carry_out(
                 plans,
                 request.store,
-                source=lambda: _load(request, provenance["settings"]["attn_implementation"]),
+                source=source,
                 part=part,
                 memory=memory,
                 strict=request.settings.strict,
@@ -230,17 +258,23 @@ def _capture(request: "Request", *, part: tuple[int, int], memory: int, as_json:
     report_done(request, done, skipped=len(request.rendered) - len(planned), as_json=as_json)
 
 
-def _load(request: "Request", attn_implementation: str) -> "tuple[nn.Module, ComponentTable]":
+def _load(
+    request: "Request", attn_implementation: str, workspace: int, *, quiet: bool
+) -> "tuple[nn.Module, ComponentTable]":
     from capture.components import find_components
+    from capture.experts import set_workspace
     from capture.loading import load
 
-    loaded = load(
-        request.info,
-        dtype=request.settings.dtype,
-        device=request.settings.device,
-        layers=request.layers,
-        attn_implementation=attn_implementation,
-    )
+    with console.progress(quiet=quiet) as bar:
+        loaded = load(
+            request.info,
+            dtype=request.settings.dtype,
+            device=request.settings.device,
+            layers=request.layers,
+            attn_implementation=attn_implementation,
+            tick=cache_commands.byte_ticker(bar, "load"),
+        )
+    set_workspace(loaded.model, workspace)
     return loaded.model, find_components(loaded.model, hook_paths=request.settings.hook_paths)
 
 

@@ -20,12 +20,15 @@ class TreeSource:
         `{tree}/inference/{variant}/{prompt_set}.zarr` unless another is given.
     model : str
         The variant's model.
+    adapter : str or None
+        The variant's LoRA adapter; None where another model is given in place of the variant's.
     transcripts : list of Transcript
         With labels, tags, turns and annotations joined.
     """
 
     store: Path
     model: str
+    adapter: str | None
     transcripts: list[Transcript]
 
 
@@ -58,7 +61,7 @@ def read_tree(
     ExperimentError
         No such tree, variant or prompt set.
     RequestError
-        No prompt set is named, or the variant has an adapter, which capture does not load.
+        No prompt set is named.
     """
     tree = Experiment(root)
     name = tree.variant_name(variant)
@@ -69,11 +72,9 @@ def read_tree(
         )
     transcripts = tree.transcripts(prompt_set, variant=name, responses_from=responses_from)
     chosen = tree.variants[name]
-    if chosen.lora and model is None:
-        raise RequestError(
-            f"variant {name!r} is {chosen.model} with the adapter {chosen.lora}, and capture loads no adapters: merge "
-            "it into the model (peft's merge_and_unload) and name the merged directory with --model"
-        )
     return TreeSource(
-        store=store or tree.default_store(prompt_set, name), model=model or tree.model(name), transcripts=transcripts
+        store=store or tree.default_store(prompt_set, name),
+        model=model or chosen.model,
+        adapter=chosen.lora if model is None else None,
+        transcripts=transcripts,
     )

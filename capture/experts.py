@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-__all__ = ["GROUP", "PROJECTIONS", "WORKSPACE", "Int4Experts", "dequantise"]
+__all__ = ["GROUP", "PROJECTIONS", "WORKSPACE", "Int4Experts", "dequantise", "set_workspace"]
 
 GROUP = 32
 """Inputs that share a scale, where the config does not say otherwise."""
@@ -113,6 +113,13 @@ class Int4Experts(nn.Module):
         return f"{self.n_experts} experts, {self.hidden} x {self.inner}, INT4 in groups of {self.group}"
 
 
+def set_workspace(model: nn.Module, n_bytes: int) -> None:
+    """Let every module of fused experts in a model multiply out so many bytes at a time."""
+    for module in model.modules():
+        if isinstance(module, Int4Experts):
+            module.workspace = n_bytes
+
+
 def dequantise(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply INT4 weights out.
 
@@ -179,7 +186,12 @@ def _has_kernel(device: torch.device) -> bool:
 
 def _kernel(x: Tensor, module: Int4Experts) -> Callable[[Int4Experts, Tensor, Tensor, Tensor], Tensor] | None:
     """What multiplies INT4 directly on this device, where there is such a kernel for these sizes."""
-    if not module.direct or x.device.type != "cuda" or x.dtype is not torch.bfloat16 or module.gate_packed.device != x.device:
+    if (
+        not module.direct
+        or x.device.type != "cuda"
+        or x.dtype is not torch.bfloat16
+        or module.gate_packed.device != x.device
+    ):
         return None
     try:
         from capture import experts_triton  # Triton is there on a GPU only

@@ -160,7 +160,9 @@ def _from_cache(order: Order, directory: Path, wanted: cache.Wanted, tick: Tick)
     tensors = skeleton.tensors_of(model)
     _read([(one, tensors[name]) for name, one in stored.items() if not tensors[name].is_meta], tick)
     cache.verify_tensors(manifest, {name: tensors[name] for name in stored}, directory)
-    on_disk = {name: _offloaded(one, name) for name, one in stored.items() if tensors[name].is_meta}
+    on_disk = {
+        name: _offloaded(one, name) for name, one in stored.items() if skeleton.device_of(name, devices) == "disk"
+    }
     return skeleton.dispatch(model, devices, on_disk=on_disk)
 
 

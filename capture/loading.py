@@ -258,7 +258,7 @@ def _facts(info: ModelInfo, *, dtype: str, device: str, attn_implementation: str
         "attn_implementation": attn_implementation,
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -371,6 +371,11 @@ def _device_map(device: str | DeviceMap) -> Any:
     if isinstance(device, str) and device.endswith(".json"):
         device = _read_map(Path(device))
     if not isinstance(device, str):
+        if "" in device and len(device) > 1:
+            raise RequestError(
+                "the device map names the whole model ('') and parts of it; name every part instead, as embed_tokens, "
+                "layers.0, layers.1, norm, rotary_emb"
+            )
         return {path: one if one in ("cpu", "disk") else _checked_device(str(one)) for path, one in device.items()}
     if device == "auto":
         if torch.cuda.device_count() > 1:
@@ -385,7 +390,9 @@ def _read_map(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RequestError(f"the device map {path} can't be read: {error}") from error
     if not isinstance(found, dict) or not found:
-        raise RequestError(f'the device map {path} is no object such as {{"layers.0": "cpu", "": "disk"}}')
+        raise RequestError(
+            f'the device map {path} is no object such as {{"embed_tokens": "cpu", "layers": "disk", ...}}'
+        )
     return found
 
 
@@ -452,7 +459,8 @@ def _device_name(device: str) -> str:
     return f"{device} ({named})"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what the weights and the bits of rows depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -67,7 +67,6 @@ def test_one_model_over_anothers_responses(tree: Path, tmp_path: Path, command: 
     [
         ((), "--experiment needs --prompt-set; .* has responses of instruct to: deep/set, set1"),
         (("--prompt-set", "set1", "--model-variant", "no"), "has no model variant 'no'; it has instruct, other, tuned"),
-        (("--prompt-set", "set1", "--model-variant", "tuned", "--responses-from", "instruct"), "loads no adapters"),
         (("--prompt-set", "set1", "--input", "x.json"), "--input and --experiment both name transcripts"),
     ],
 )
