@@ -74,7 +74,7 @@ def read_tree(
     chosen = tree.variants[name]
     return TreeSource(
         store=store or tree.default_store(prompt_set, name),
-        model=model or chosen.model,
+        model=model or tree.model(name),
         adapter=chosen.lora if model is None else None,
         transcripts=transcripts,
     )
