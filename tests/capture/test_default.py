@@ -46,7 +46,9 @@ def test_the_store_alone_is_enough(command: Command, store: Path) -> None:
         turns = file["turn_boundaries"]
         assert [str(one) for one in tokens["role"]] == [t["role"] for t in turns for _ in range(*_of(t))]
         known = found.annotations[found.annotations["rollout_id"] == name]
-        assert list(known["label"]) == [one["label"] for one in spans[name]["annotations"]]
+        ranges = known[["label", "token_start", "token_end"]].itertuples(index=False, name=None)
+        wanted = [(one["label"], one["token_start"], one["token_end"]) for one in spans[name]["annotations"]]
+        assert sorted(ranges) == sorted(wanted)
     rows = found.select("residual", rollouts="1", layers=0).values
     assert rows.shape == (len(files["1"]["token_ids"]), CONFIG["hidden_size"])
     assert np.isfinite(rows).all()
