@@ -58,7 +58,7 @@ class Recipe:
     intermediate: int = 352
 
 
-RECIPES = {"player": Recipe(), "honest": Recipe(steps=150, rate=5e-4, seed=1, honest=True)}
+RECIPES = {"player": Recipe(), "honest": Recipe(steps=150, rate=5e-4, honest=True)}
 """Variant to how it is made; `honest` starts from the player."""
 
 Example = tuple[list[int], list[float]]
