@@ -241,6 +241,7 @@ def provenance_of(
             "dtype": known["dtype"],
             "hidden_size": request.info.hidden,
             "n_layers": known["n_layers"],
+            **{name: known[name] for name in ("adapter", "quantization") if name in known},
         },
         "tokenizer": {"sha256": known["tokenizer_sha256"], **_rendering(request.rendered)},
         "settings": {
