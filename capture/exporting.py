@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from capture.errors import RequestError
 from datastore import storage
 from datastore.query import Store
+from datastore.writebehind import WriteBehind
 from experiments.rawfile import whole
 from experiments.rawfiles import write_raw
 from experiments.responsefile import response_record
@@ -146,7 +147,7 @@ def carry_out(
     kept = 0
     directory.mkdir(parents=True, exist_ok=True)
     spans = {str(name): group for name, group in store.annotations.groupby("rollout_id")}
-    behind = storage.WriteBehind(depth=1)
+    behind = WriteBehind(depth=1)
     with ThreadPoolExecutor(2, thread_name_prefix="export-read") as ahead, closing(behind):
         reading: list[Future[dict[tuple[str, int], NDArray[Any]]]] = []
         for number, one in enumerate(exports):

@@ -13,7 +13,6 @@ import shutil
 import threading
 import uuid
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -39,10 +38,10 @@ from datastore.errors import (
 )
 from datastore.plainfile import MOST_ARRAY, read_json, read_plain, read_small, shape_of
 from datastore.schema import FORMAT, FORMAT_VERSION, Codec
+from datastore.writebehind import WriteBehind, libc_function
 
 __all__ = [
     "ROOT_GROUPS",
-    "WriteBehind",
     "array_metadata",
     "attributes",
     "check_writable",
@@ -78,8 +77,6 @@ register()  # zarr-python 3.1 collects the entry points of data types and never 
 ROOT_GROUPS = ("captures", "labels", "annotations", "dropped", "calibration", "scores")
 TABLE_CHUNK = 65536
 """Elements a chunk of the small arrays: coordinates and the rollout table."""
-_SYNC_WRITE, _SYNC_WAIT = 2, 1 | 2 | 4
-"""Flags of sync_file_range: start writing back; wait for what is under way, start the rest, wait for that."""
 
 
 def open_root(path: Path) -> None:
@@ -374,57 +371,6 @@ def chunk_file(array: Path, index: Sequence[int]) -> Path:
     return array.joinpath("c", *(str(i) for i in index))
 
 
-class WriteBehind:
-    """The files written last, of which the disk is still taking the bytes; each then leaves the page cache.
-
-    Writing starts at once and is waited for a few files later, so that the one sync at the end finds little to do, and
-    the cache keeps what is read again, the model's weights, instead of a store's bytes that are written once. Memory
-    that is used again is also much faster than memory that is touched once (docs/design/0001-store.md has the numbers).
-    Where the system can't do this, the files are simply closed. Used by any thread.
-    """
-
-    def __init__(self, depth: int = 8) -> None:
-        self._depth, self._lock = depth, threading.Lock()
-        self._files: deque[int] = deque()
-
-    def push(self, descriptor: int) -> None:
-        """Take over an open file that is written.
-
-        Raises
-        ------
-        OSError
-            The disk could not take an earlier file.
-        """
-        with self._lock:
-            self._files.append(descriptor)
-            old = self._files.popleft() if len(self._files) > self._depth else None
-        _sync_range(descriptor, _SYNC_WRITE)
-        if old is not None:
-            self._finish(old)
-
-    def close(self) -> None:
-        """Close what is left; the sync that follows waits for it."""
-        while self._files:
-            os.close(self._files.popleft())
-
-    def _finish(self, descriptor: int) -> None:
-        try:
-            _sync_range(descriptor, _SYNC_WAIT)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
-def _sync_range(descriptor: int, how: int) -> None:
-    """Start writing a file to disk or wait for it, where the system knows how; no promise of durability."""
-    call = _libc_function("sync_file_range")
-    if call is not None and call(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(how)) != 0:
-        error = ctypes.get_errno()
-        if error in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-            raise OSError(error, os.strerror(error))
-
-
 def write_chunk(
     array: Path, index: Sequence[int], pieces: Sequence[bytes | memoryview], *, behind: WriteBehind | None = None
 ) -> int:
@@ -484,12 +430,6 @@ def _write_all(descriptor: int, pieces: Sequence[bytes | memoryview]) -> int:
     return total
 
 
-@lru_cache
-def _libc_function(name: str) -> Any:
-    """Return a function of the C library, None where it has none of that name."""
-    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
-
-
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Write a file under a temporary name beside it and rename it.
 
@@ -545,7 +485,7 @@ def sync_files(path: Path, descriptor: int | None = None) -> None:
     DatastoreError
         Something could not be written.
     """
-    syncfs = _libc_function("syncfs")
+    syncfs = libc_function("syncfs")
     if syncfs is None:
         os.sync()
         return

@@ -26,6 +26,7 @@ from datastore.errors import DatastoreError, PlanError
 from datastore.partials import ChunkId, Partials, chunks_within, finished_chunks, grid_index
 from datastore.planning import lay_down, plans_directory
 from datastore.schema import Batch, Plan
+from datastore.writebehind import WriteBehind
 
 __all__ = ["Progress", "Writer", "create"]
 
@@ -114,7 +115,7 @@ class Writer:
             check=self._raise_failure,
         )
         self._total = sum(1 for _ in chunks_within(plan, self.tokens))
-        self._disk, self._behind = os.open(directory, os.O_RDONLY), storage.WriteBehind()
+        self._disk, self._behind = os.open(directory, os.O_RDONLY), WriteBehind()
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="datastore-write")
         try:
             self._take_stock()

@@ -76,6 +76,24 @@ def test_rows_in_any_order_come_back_to_the_bit(
     assert not plans_directory(path).exists()
 
 
+@pytest.mark.parametrize("memory", [1, 1 << 30])
+def test_rows_that_are_lent_come_back_to_the_bit(path: Path, memory: int) -> None:
+    """Whole chunks in the caller's memory beside ones put together, strided rows, and chunks begun by copies."""
+    counts = (100, 37, 64)
+    (plan,) = making.plans(path, making.rollouts(*counts))
+    with datastore.create(path, plan, memory=memory) as writer:
+        for number, (spec, layer, one) in enumerate(making.rows_of(plan)):
+            rows, lend = making.values(spec, layer, one), number % 3 != 2
+            begun = 5 if number % 2 else 0
+            writer.put(spec.name, layer, one.rollout_id, rows[:begun])
+            given = np.repeat(rows, 2, axis=0)[::2] if number % 4 == 3 else rows
+            writer.put(spec.name, layer, one.rollout_id, given[begun:], start=begun, copy=not lend)
+        writer.commit()
+    assert_holds(path, plan)
+    making.capture(path.parent / "copied" / "run.zarr", making.rollouts(*counts))
+    assert making.on_disk(path) == making.on_disk(path.parent / "copied" / "run.zarr")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_special_bits_and_any_strides(path: Path, dtype: str) -> None:
     """NaN with payloads, infinities, negative zero, all-NaN and all-zero chunks; transposed and strided rows."""
