@@ -57,7 +57,7 @@ class Cluster:
             What a task raised four times.
         """
         from distributed import as_completed
-        from distributed.comm import CommClosedError
+        from distributed.comm.core import CommClosedError
         from distributed.scheduler import KilledWorker
 
         client, futures = self._client, list[Any]()
@@ -137,9 +137,16 @@ def connected(*, scheduler: str | None = None, workers: int | None = None) -> It
         finally:
             client.close()
         return
+    # any free port: the one it takes by default is warned of where another cluster has it
+    quiet = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
     with (
         distributed.LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=workers or 1, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0
+            n_workers=workers or 1,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
+            scheduler_kwargs=quiet,
+            memory_limit=0,
         ) as local,
         distributed.Client(local, set_as_default=False) as client,  # type: ignore[no-untyped-call]
     ):

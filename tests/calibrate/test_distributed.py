@@ -2,7 +2,9 @@
 
 import os
 import signal
+import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import pytest
 import calibrate
 import datastore
 from calibrate.distributed import cluster_runner
+from calibrate.passes import Tick
+from calibrate.selected import resolve
+from calibrate.tasks import Job, Settings
 from datastore.errors import CorruptError
 from tests.calibrate.stores import build, random_rows
 from tests.dask_processes import scheduler, wait_for_workers, worker
@@ -31,6 +36,24 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 def store(path: Path, level: str = "rollout") -> datastore.Store:
     rows = random_rows(9, LENGTHS, LAYERS, width=32)
     return build(path, {"residual": rows}, ENDS, level=level, most_tokens=64, captures=CAPTURES)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A task that is done a second after a file is there, or that makes the file; its result is its name."""
+
+    tokens: int
+    file: Path
+    waits: bool
+
+    def do(self, job: Job, tick: Tick) -> int:
+        if not self.waits:
+            self.file.touch()
+            return self.tokens
+        while not self.file.exists():
+            time.sleep(0.1)
+        time.sleep(1)
+        return self.tokens
 
 
 def assert_same_bits(a: calibrate.Calibration, b: calibrate.Calibration) -> None:
@@ -70,7 +93,11 @@ def test_a_killed_workers_tasks_are_done_again_and_the_bits_are_the_same(tmp_pat
 def test_processes_of_this_machine_and_their_errors(tmp_path: Path) -> None:
     opened = store(tmp_path / "run.zarr")
     ticks: list[int] = []
-    with cluster_runner(workers=1, tick=ticks.append) as runner:
+    job = Job(selected=resolve(opened), settings=Settings(top_k=1, threshold=1, passes=True, memory=1))
+    with cluster_runner(workers=2, tick=ticks.append) as runner:
+        late = [Waiting(1, tmp_path / "done", True), Waiting(2, tmp_path / "done", False)]
+        assert list(runner(job, late)) == [1, 2], "the second is done first"
+        ticks.clear()
         there = calibrate.fit(opened, runner=runner)
         assert_same_bits(there, calibrate.fit(opened))
         assert sum(ticks) == sum(LENGTHS) * len(LAYERS)
