@@ -11,7 +11,7 @@ from view.model import Model, Models
 from view.plots import Look
 from view.state import State
 
-__all__ = ["NUMBERS", "Host", "View", "later"]
+__all__ = ["NUMBERS", "Host", "View", "later", "soon"]
 
 R = TypeVar("R")
 NUMBERS = frozenset({"store", "mode", "smooth", "centred", "velocity", "clean"})
@@ -72,6 +72,15 @@ class View(ABC):
     @abstractmethod
     def update(self, changed: frozenset[str]) -> None:
         """Draw what depends on these fields of the state."""
+
+
+def soon(draw: Callable[[], None]) -> None:
+    """Draw with the lock of the page's document held, which a widget's own callback may not hold."""
+    doc: Any = pn.state.curdoc
+    if doc is None or doc.session_context is None:
+        draw()
+    else:
+        doc.add_next_tick_callback(draw)
 
 
 def later(compute: Callable[[], R], done: Callable[[R], None]) -> None:

@@ -13,7 +13,7 @@ from experiments.errors import ExperimentError
 from view.browser import Browser
 from view.compare_view import CompareView
 from view.controls import Controls
-from view.frame import NUMBERS, View, later
+from view.frame import NUMBERS, View, later, soon
 from view.model import Model, Models
 from view.overview import Overview
 from view.plots import Look
@@ -58,7 +58,7 @@ class Page:
         self._views: dict[str, View] = {}
         self._stale: dict[str, frozenset[str]] = {}
         self._main = pn.Column(sizing_mode="stretch_width", css_classes=["main"], min_width=600)
-        self._quiet = False
+        self._quiet, self._due = False, frozenset[str]()
         self._restore(query)
         self.text.param.watch(self._pinned, "pinned")
         self.browser.param.watch(self._went, "query")
@@ -127,7 +127,14 @@ class Page:
         finally:
             self._quiet = False
         self.say("; ".join(missing) + "." if missing else "")
-        self.update(changed)
+        self._due |= changed
+        soon(self._update_due)
+
+    def _update_due(self) -> None:
+        """Draw what several changes asked for, once."""
+        due, self._due = self._due, frozenset()
+        if due:
+            self.update(due)
 
     def _pinned(self, event: Any) -> None:
         self.state.token = event.new
@@ -240,7 +247,8 @@ class Page:
         self.fit()
         self.say("")
         self.controls.offer_reload(False)
-        self.update(frozenset(WATCHED))
+        self._due |= frozenset(WATCHED)
+        soon(self._update_due)
 
 
 def app(*stores: Store | str | Path) -> pn.viewable.Viewable:
