@@ -14,7 +14,7 @@ TEST_ENV := $(QUIET_ENV) HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 OPENBLAS_NUM_TH
 DEMO_RUN = $(QUIET_ENV) $(BIN)/python -m
 JOBS ?= 2
 
-.PHONY: setup demo report test check lint types imports bench bench-calibrate bench-store bench-capture bench-import bench-project bench-scale bench-serve bench-api bench-faults clean
+.PHONY: setup demo report test check lint types imports bench bench-calibrate bench-store bench-capture bench-import bench-project bench-scale bench-gpu bench-serve bench-api bench-faults clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -95,6 +95,10 @@ bench-api: setup
 # How soon a server answers while it captures, and how soon it ends.
 bench-serve: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.serve $(BENCH_ARGS)
+
+# Needs a GPU; `BENCH_ARGS=--tiny` runs it small on a CPU.
+bench-gpu: setup
+	$(QUIET_ENV) $(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 bench-import: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.exchange $(BENCH_ARGS)

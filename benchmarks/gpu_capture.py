@@ -18,7 +18,7 @@ from benchmarks.gpu_sizes import Sizes
 from benchmarks.measure import Row, alternate
 from capture import budget as budgets
 from capture.components import ComponentTable, find_components
-from capture.forward import _Rows
+from capture.forward import _Rows, run_batch
 from capture.staging import Staging
 from datastore.schema import Plan, Rollout
 
@@ -255,10 +255,8 @@ def _some_rows(model: Any, table: ComponentTable, rollout: Rollout, layers: Sequ
     """Real rows of one rollout, repeated to any length: they compress as rows do."""
     found: dict[int, Any] = {}
 
-    def put(_: str, layer: int, __: str, values: Any, *, start: int) -> None:
+    def put(component: str, layer: int, rollout_id: str, values: Any, *, start: int) -> None:
         found[layer] = np.array(values)
-
-    from capture.forward import run_batch
 
     run_batch(model, table, [("0", rollout.token_ids)], layers=layers, components=["residual"], put=put)
     return {layer: np.concatenate([rows, rows]).astype(ml_dtypes.bfloat16, copy=False) for layer, rows in found.items()}

@@ -64,8 +64,8 @@ def _llama(device: torch.device) -> Any:
 def _rows(model: Any, batch: Any, staging: Staging | None, halved: list[Halved] | None = None) -> dict[Any, Any]:
     table, rows = find_components(model), dict[Any, Any]()
 
-    def put(component: str, layer: int, name: str, values: Any, *, start: int) -> None:
-        rows[component, layer, name, start] = np.array(values)
+    def put(component: str, layer: int, rollout_id: str, values: Any, *, start: int) -> None:
+        rows[component, layer, rollout_id, start] = np.array(values)
 
     run_batch(
         model,

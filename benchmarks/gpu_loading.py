@@ -99,7 +99,7 @@ def read_raw(directory: Path, *, block: int = 64 << 20) -> None:
     """Read every file into host memory that is used again, in as many threads as loading has."""
     pieces = [(path, at) for path in sorted(directory.iterdir()) for at in range(0, path.stat().st_size, block)]
     threads = min(16, len(os.sched_getaffinity(0)))
-    buffers = [torch.empty(block, dtype=torch.uint8).numpy() for _ in range(threads)]
+    buffers: list[Any] = [torch.empty(block, dtype=torch.uint8).numpy() for _ in range(threads)]
 
     def read(one: tuple[int, tuple[Path, int]]) -> None:
         number, (path, at) = one
@@ -123,7 +123,7 @@ def save_llama(sizes: Sizes, device: torch.device, directory: Path) -> ModelInfo
 def save_kimi(sizes: Sizes, device: torch.device, directory: Path) -> ModelInfo:
     """Write a random Kimi-K2 as it is published: each expert's projections on their own."""
     directory.mkdir()
-    config: Any = AutoConfig.for_model("deepseek_v3", **sizes.kimi, num_nextn_predict_layers=0)  # type: ignore[no-untyped-call]
+    config: Any = AutoConfig.for_model("deepseek_v3", **sizes.kimi, num_nextn_predict_layers=0)
     (directory / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", **sizes.kimi}))
     config.quantization_config = _QUANTIZATION
     model = skeleton.skeleton(config, dtype=torch.bfloat16, int4=skeleton.int4_layout(config))

@@ -50,7 +50,7 @@ def adapter(model: Path) -> Path:
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(model.with_name("adapter"))
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(str(model.with_name("adapter")))
     return model.with_name("adapter")
 
 

@@ -189,7 +189,7 @@ def test_verify_reads_every_tensor(copy: Path) -> None:
 def test_a_full_disk_is_said_before_anything_is_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capture.cache.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))  # type: ignore[attr-defined]
+    monkeypatch.setattr("capture.cache.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))
     with pytest.raises(CacheError, match=r"bytes and 10 are free at .*, so it would not fit; nothing was written"):
         build(model, tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
