@@ -200,22 +200,18 @@ def drop(
     """Say that rollouts, layers or components no longer count; nothing is deleted until `gc`."""
     import datastore
     from datastore.choose import choose
-    from datastore.maintenance import commit_drops, plan_drop
+    from datastore.maintenance import drop, plan_drop
 
     chosen = None
     if ids is not None or where is not None:
         chosen = choose(datastore.open(store).rollouts, ids=console.parse_list(ids), where=where)
-    planned = plan_drop(
-        store,
-        rollouts=chosen,
-        layers=None if layers is None else _numbers(layers),
-        components=console.parse_list(components),
-    )
+    numbers, names = None if layers is None else _numbers(layers), console.parse_list(components)
+    planned = plan_drop(store, rollouts=chosen, layers=numbers, components=names)
     summary = {"store": store, "rollouts": planned.rollouts, "cells": planned.cells, "number": None}
     what = f"{planned.cells:,} cells (rollout x layer x component) of {len(planned.rollouts)} rollouts of {store}"
     if not dry_run:
         console.confirm(f"Drop {what}?", yes=yes)
-        summary["number"] = commit_drops(store, [planned.drop], reason="drop")
+        summary["number"] = drop(store, rollouts=chosen, layers=numbers, components=names, reason="drop")
     if as_json:
         console.emit_json(summary)
         return
@@ -309,11 +305,16 @@ def merge_stores(
         merge(planned)
     if as_json:
         found = {"out": out, "captures": captures, "rollouts": planned.rollouts, "shared": planned.shared}
-        console.emit_json(found | {"n_bytes": planned.n_bytes, "done": not dry_run})
+        console.emit_json(found | {"n_bytes": planned.n_bytes, "left_out": planned.left_out, "done": not dry_run})
         return
     verb = "would merge" if dry_run else "merged"
     what = f"{captures} captures, {planned.rollouts} rollouts ({len(planned.shared)} of them in both)"
     console.stdout().print(f"{verb} {what}, {console.human_bytes(planned.n_bytes)}, into {out}")
+    if planned.left_out:
+        console.stdout().print(
+            f"{len(planned.left_out)} calibrations and scores are of the captures of one store and were left out: "
+            f"calibrate and project {out} to have them there"
+        )
 
 
 def _numbers(spec: str) -> list[int]:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from datastore import layout, parts, query, storage
 from datastore.errors import DatastoreError
-from datastore.gc import collect, plan_collection
+from datastore.gc import ADDED, collect, plan_collection
 from datastore.planning import form_batches, form_chunks
 from datastore.schema import Annotation, Codec, ComponentSpec, Plan, Rollout, digest
-from datastore.tables import FIXED
+from datastore.tables import FIXED, telling
 from datastore.union import Capture, Union
 from datastore.writer import create
 
@@ -75,11 +75,13 @@ def plan_compaction(store: str | os.PathLike[str], *, smaller_than: int | None =
     source = _Source(query.open(path))
     candidates = {c.number for c in source.union.captures if smaller_than is None or _raw_bytes(c) < smaller_than}
     plans, rewritten = [], set[int]()
+    labelled = source.superseded_and_telling()
     for product, names in _groups(source.union, candidates).items():
         holders = _holders(source.union, product, names)
-        if len(holders) > 1 or not _is_all_of(holders[0], product, names):
+        told = [one for one in labelled if not one.rows.keys().isdisjoint(names)]
+        if len(holders) > 1 or told or not _is_all_of(holders[0], product, names):
             plans.append(source.plan(product, names, holders=holders))
-            rewritten.update(one.number for one in holders)
+            rewritten.update(one.number for one in (*holders, *told))
     return Compaction(store=path, plans=tuple(plans), captures=tuple(sorted(rewritten)), seen=seen)
 
 
@@ -201,6 +203,15 @@ class _Source:
         self._store = store
         self.union = store.cells.union
         self._arrays: dict[tuple[int, str], NDArray[Any]] = {}
+
+    def superseded_and_telling(self) -> list[Capture]:
+        """Return the captures whose rows no longer count, and whose labels or annotations still show."""
+        superseded = [one for one in self.union.captures if one.number not in self.union.counting]
+        if not superseded:
+            return []
+        added = [[path / f"{n:04d}" for n in storage.numbered(path)] for path in map(self._store.path.joinpath, ADDED)]
+        shown = telling(self._store.cells, *added)
+        return [one for one in superseded if one.number in shown]
 
     def plan(self, product: _Product, names: Sequence[str], *, holders: Sequence[Capture]) -> Plan:
         """Plan the capture of these cells as they were captured: in the same batches, under the same provenance."""

@@ -1,8 +1,8 @@
 """Free what no longer counts: captures that are dropped or superseded, leftovers of killed processes, dead plans.
 
 Each thing is renamed out of sight first and deleted then, so that a reader finds a capture whole or not at all, and a
-process that is killed meanwhile leaves only what the next collection removes. Labels and annotations that came with a
-capture go with it; those added later stay.
+process that is killed meanwhile leaves only what the next collection removes. A capture stays as long as a label or an
+annotation that came with it shows in the tables of the store; `compact` brings these along and then frees it.
 """
 
 import time
@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datastore import parts, storage
+from datastore.cells import latest
 from datastore.errors import PlanError
 from datastore.planning import plans_directory
-from datastore.union import gone, load_union
+from datastore.tables import telling
+from datastore.union import gone
 
 __all__ = ["Collection", "Removal", "collect", "plan_collection"]
 
+ADDED = ("labels", "annotations")
 OLDER_THAN = 3600.0
 """Seconds since anything in a leftover was written: a younger one may belong to a living process."""
 
@@ -110,11 +113,15 @@ def _remove(store: Path, path: Path) -> None:
 
 
 def _captures(store: Path, only: frozenset[int] | None) -> Iterator[tuple[Path, str]]:
-    union = load_union(store)
-    known = gone(union.drops) | {capture.number for capture in union.captures}  # what is committed later is not in it
-    for number in storage.numbered(store / "captures"):
-        if number in known - union.counting and (only is None or number in only):
-            yield store / "captures" / f"{number:04d}", "nothing of it counts any more"
+    cells = latest(store)
+    union, dropped = cells.union, gone(cells.union.drops)
+    known = dropped | {capture.number for capture in union.captures}  # what is committed later is not in it
+    useless = {n for n in storage.numbered(store / "captures") if n in known - union.counting}
+    if useless - dropped:
+        added = [[store / kind / f"{n:04d}" for n in storage.numbered(store / kind)] for kind in ADDED]
+        useless -= telling(cells, *added) - dropped
+    for number in sorted(useless if only is None else useless & only):
+        yield store / "captures" / f"{number:04d}", "nothing of it counts any more"
 
 
 def _leftovers(store: Path, older_than: float) -> Iterator[tuple[Path, str]]:

@@ -84,8 +84,10 @@ def drop(
 
     Errors are those of `plan_drop`. Bytes are freed by `gc`, not by this.
     """
-    planned = plan_drop(store, rollouts=rollouts, layers=layers, components=components)
-    return commit_drops(store, [planned.drop], reason=reason)
+    storage.open_root(store)
+    with parts.changing(store):  # a compaction in between would bring back what is dropped
+        planned = plan_drop(store, rollouts=rollouts, layers=layers, components=components)
+        return commit_drops(store, [planned.drop], reason=reason)
 
 
 def commit_drops(store: Path, drops: Sequence[Drop], *, reason: str) -> int:

@@ -40,6 +40,8 @@ class Merge:
         Rollouts that both hold.
     n_bytes : int
         Of all files that are linked or copied.
+    left_out : tuple of Path
+        Results of the sources: they are of the captures of one store, and are computed again on the new one.
     """
 
     out: Path
@@ -48,6 +50,7 @@ class Merge:
     rollouts: int
     shared: tuple[str, ...]
     n_bytes: int
+    left_out: tuple[Path, ...]
 
 
 def plan_merge(first: Path, second: Path, out: Path) -> Merge:
@@ -85,7 +88,14 @@ def plan_merge(first: Path, second: Path, out: Path) -> Merge:
         rollouts=len({name for union in unions for name in union.rollout_ids}),
         shared=shared,
         n_bytes=sum(file.stat().st_size for group, _ in sources for file in group.rglob("*") if file.is_file()),
+        left_out=tuple(_results(first, second)),
     )
+
+
+def _results(*stores: Path) -> Iterator[Path]:
+    for store in stores:
+        for kind in ("calibration", "scores"):
+            yield from (store / kind / f"{n:04d}" for n in storage.numbered(store / kind))
 
 
 def _shared(first: Union, second: Union, *, names: tuple[Path, Path]) -> tuple[str, ...]:

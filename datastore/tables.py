@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from datastore.cells import Cells, Ints
 from datastore.storage import attributes, read_array
 
-__all__ = ["annotation_table", "capture_table", "rollout_table", "token_texts"]
+__all__ = ["annotation_table", "capture_table", "rollout_table", "telling", "token_texts"]
 
 FIXED = ("n_tokens", "prompt_end", "prompt_set", "tags", "token_sha256")
 
@@ -162,6 +162,25 @@ def capture_table(cells: Cells) -> pd.DataFrame:
     names = ("number", "model", "revision", "n_rollouts", "n_tokens", "layers", "components", "dtypes")
     columns = (*names, "statistics", "stored_bytes", "created")
     return pd.DataFrame(rows, columns=list(columns)).set_index("number")
+
+
+def telling(cells: Cells, labels: Sequence[Path], annotations: Sequence[Path]) -> frozenset[int]:
+    """Return the captures of which a label or an annotation shows in the tables, whether or not their rows count.
+
+    Parameters
+    ----------
+    cells : Cells
+    labels, annotations : sequences of Path
+        The groups added later, ascending by number.
+    """
+    shown: dict[tuple[str, int, str], int] = {}
+    for number, (rollouts, group) in enumerate(_label_groups(cells, labels)):
+        for name, rows, _ in _read_labels(group):
+            shown |= {("label", one, name): number for one in rollouts[rows].tolist() if one >= 0}
+    for number, (path, spans) in enumerate(_annotation_groups(cells, annotations)):
+        names = map(str, read_array(path / "label").tolist())
+        shown |= {("span", one, name): number for one, name in zip(spans.tolist(), names, strict=True) if one >= 0}
+    return frozenset(cells.captures[place].number for place in shown.values() if place < len(cells.captures))
 
 
 @lru_cache(maxsize=8)

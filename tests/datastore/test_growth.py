@@ -1,7 +1,9 @@
 """Compact, merge and gc: the union reads as before, nothing else is left. Oracle: rows and tables as they were put."""
 
 import os
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,61 @@ def test_gc_deletes_what_no_longer_counts_and_nothing_else(store: Path) -> None:
     assert captures(store)[-1] >= 7
 
 
+def test_gc_keeps_labels_and_spans_that_only_a_superseded_capture_has(tmp_path: Path) -> None:
+    """Captured again without them, a rollout keeps what it was given; compacting brings it along."""
+    path, span = tmp_path / "run.zarr", Annotation(token_start=0, token_end=2, label="early")
+    making.capture(path, [making.rollout("a", 5, labels={"mood": "good", "size": 1}), making.rollout("b", 5)])
+    making.capture(path, [making.rollout("c", 5, annotations=(span,))])
+    making.capture(path, [making.rollout("d", 5, labels={})])
+    bare = [making.rollout(name, 5, labels={"size": 2} if name == "a" else {}) for name in "abcd"]
+    making.capture(path, bare, replace=True, version=1)
+    rows, before = cells(path), tables(path)
+    assert (before[0].at["a", "mood"], before[0].at["a", "size"]) == ("good", 2)
+    planned = plan_collection(path)
+    assert [one.path.name for one in planned.removals] == ["0003"]
+    collect(planned)
+    same(before, tables(path))
+    compact(plan_compaction(path))
+    assert (captures(path), cells(path)) == ([5], rows)
+    same(before, tables(path))
+
+
+def test_gc_removes_what_a_killed_process_left_of_a_plan(store: Path) -> None:
+    """A plan that was being laid down, one that was carried out and not cleared away, and their directory."""
+    plans = plans_directory(store)
+    (plans / "ab.cd.partial" / "group").mkdir(parents=True)
+    (plans / "ab.cd.partial" / "plan.json").write_text("{}")
+    (plans / "ef" / "parts").mkdir(parents=True)
+    (plans / "ef" / "plan.json").write_text("{}")
+    planned = plan_collection(store, older_than=0)
+    assert {one.path.name for one in planned.removals} == {"ab.cd.partial", "ef"}
+    assert (plans / "ef").exists()
+    collect(planned)
+    assert not plans.exists()
+
+
+def test_what_counts_again_is_not_deleted(store: Path) -> None:
+    """Dropping the capture that superseded another, between the plan and the deletion, uncovers the other."""
+    making.capture(store, ASKED[4:], layers=(1,), components=[making.RESIDUAL], replace=True, version=3)
+    planned = plan_collection(store)
+    assert [one.path.name for one in planned.removals] == ["0003"]
+    storage.create_group(store / "dropped/0002", {"dropped": [{"captures": captures(store)[-1:]}]})
+    rows = cells(store)
+    collect(planned)
+    assert 3 in captures(store)
+    assert cells(store) == rows
+
+
+def test_a_drop_while_a_compaction_commits_waits_for_it(store: Path) -> None:
+    """The look at the store and the rename that follows are one: what is dropped then stays dropped."""
+    planned = plan_compaction(store)
+    dropping = threading.Thread(target=lambda: drop(store, rollouts=["0"]))
+    with suppress(DatastoreError):  # where the drop was first
+        compact(planned, tick=lambda done, of: dropping.start() if done == of else None)
+    dropping.join()
+    assert "0" not in load_union(store).rollout_ids
+
+
 def test_gc_removes_old_leftovers_and_spares_young_ones(store: Path) -> None:
     places = [store / "captures" / "0003.ab.partial", store.with_name("run.zarr.ab.partial"), store / "x.partial"]
     for place in places[:2]:
@@ -176,9 +233,12 @@ def test_merged_stores_read_as_both(tmp_path: Path) -> None:
     drop(b, rollouts=["more"], layers=[9])
     rows = cells(a) | cells(b)
     before = making.on_disk(a), making.on_disk(b)
+    storage.create_group(a / "scores" / "0001", {})
+    before = making.on_disk(a), before[1]
     planned = plan_merge(a, b, out)
     assert not out.exists()
     assert (planned.rollouts, planned.shared) == (6, ("0",))
+    assert planned.left_out == (a / "scores" / "0001",)
     merge(planned)
     assert cells(out) == rows
     assert (making.on_disk(a), making.on_disk(b)) == before
