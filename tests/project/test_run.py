@@ -1,6 +1,7 @@
 """Scores of a store against float64, and what is computed again: only what no result holds for the same bits."""
 
 import tempfile
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from datastore.errors import AbsentError, CorruptError, MisuseError, ReadOnlyErr
 from experiments.projections import read_projection
 from project import cleaning, derive, kernel
 from project.export import export_json
+from project.tasks import Job
 from tests.project.stores import direction, exact, rollout, values_of, write_store
 from tests.unwritable import read_only
 
@@ -89,7 +91,12 @@ def test_any_shape_any_selection(
             check(found, name, one, n_tokens=names[name])
 
 
-def test_a_result_longer_than_its_chunks_and_many_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most", [20_000, 2, 1])
+def test_a_result_longer_than_its_chunks_and_many_tasks(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks of single chunks, and of several where there would be too many tasks."""
+    monkeypatch.setattr(Job, "tasks", partialmethod(Job.tasks, most=most))
     monkeypatch.setattr("project.tasks.CHUNK", 32)
     monkeypatch.setattr("datastore.scores.CHUNK", 32)
     names = {"a": 50, "b": 47, "c": 61}
