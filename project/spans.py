@@ -61,21 +61,29 @@ def top_spans(
     inside = np.ones(len(values), bool) if segment is None else scores.segment.values == segment
     rows = []
     for name, run in runs_of_rollouts(scores):
-        tokens = store.tokens(name)
-        texts = [text if isinstance(text, str) else "" for text in tokens["text"]]
         kept = np.flatnonzero(inside[run] & np.isfinite(values[run]))
         if not len(kept):
             continue
         first, last = int(kept[0]), int(kept[-1]) + 1
-        spans = _windows(first, last, window) if by == "window" else _shifted(clauses(texts[first:last]), first)
-        for start, stop, mean in _strongest(values[run], spans, per_rollout):
-            rows.append(
-                {"rollout": name, "start": start, "stop": stop, "mean": mean, "text": "".join(texts[start:stop])}
-            )
-    found = pd.DataFrame(rows, columns=["rollout", "start", "stop", "mean", "text"])
-    return found.reindex(found["mean"].abs().sort_values(ascending=False, kind="stable").index)[:most].reset_index(
-        drop=True
-    )
+        if by == "window":
+            spans = _windows(first, last, window)
+        else:
+            spans = _shifted(clauses(_texts(store, name)[first:last]), first)
+        rows += [
+            {"rollout": name, "start": start, "stop": stop, "mean": mean}
+            for start, stop, mean in _strongest(values[run], spans, per_rollout)
+        ]
+    found = pd.DataFrame(rows, columns=["rollout", "start", "stop", "mean"])
+    order = found["mean"].abs().sort_values(ascending=False, kind="stable").index
+    found = found.reindex(order)[:most].reset_index(drop=True)
+    # only what is returned is read as text: 10,000 rollouts have 10,000 texts
+    texts = {name: _texts(store, str(name)) for name in dict.fromkeys(found["rollout"])}
+    places = zip(found["rollout"], found["start"], found["stop"], strict=True)
+    return found.assign(text=["".join(texts[name][start:stop]) for name, start, stop in places])
+
+
+def _texts(store: Store, name: str) -> list[str]:
+    return [text if isinstance(text, str) else "" for text in store.tokens(name)["text"]]
 
 
 def clauses(texts: list[str]) -> NDArray[np.int64]:
