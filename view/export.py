@@ -1,7 +1,11 @@
 """A page in one file: the text and the curves of some rollouts, for someone who has neither the store nor a server."""
 
+import base64
+import mimetypes
+import re
 from collections.abc import Sequence
 from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from view.treatment import Treatment, picked
 __all__ = ["page_of", "write_page"]
 
 MOST_TOKENS = 200_000
+PANELS_OWN = re.compile(r"https://cdn\.holoviz\.org/panel/[^/\"]+/dist/([\w./-]+\.(?:css|ico|png))(?:\?v=[\w.]+)?")
 STATIC = Path(__file__).with_name("static")
 
 
@@ -54,7 +59,22 @@ def write_page(store: Store, rollouts: Sequence[str], *, out: Path, how: Treatme
         raise ReadOnlyError(f"{out} can't be written as a file; name one in a directory that is there with --out")
     pn.extension("tabulator")
     title = f"{', '.join(list(rollouts)[:3])}{', …' if len(rollouts) > 3 else ''} · {model.name}"
-    page_of(model, rollouts, how=how or Treatment()).save(str(out), title=title, resources=INLINE)
+    text = StringIO()
+    page_of(model, rollouts, how=how or Treatment()).save(text, title=title, resources=INLINE)
+    out.write_text(_bundled(text.getvalue()), encoding="utf-8")
+
+
+def _bundled(page: str) -> str:
+    """Put the style sheets and pictures that Panel leaves on its own network into the page."""
+    dist = Path(pn.__file__).with_name("dist")
+
+    def inside(found: re.Match[str]) -> str:
+        file = dist / found[1]
+        kind = mimetypes.guess_type(file.name)[0] or "text/plain"
+        content = base64.b64encode(file.read_bytes() if file.is_file() else b"").decode("ascii")
+        return f"data:{kind};base64,{content}"
+
+    return PANELS_OWN.sub(inside, page)
 
 
 def page_of(model: Model, rollouts: Sequence[str], *, how: Treatment) -> pn.Column:

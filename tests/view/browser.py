@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests import house
 
@@ -98,10 +100,10 @@ class Viewer:
             self.page.locator(".t").first.wait_for()
         return self
 
-    def lines(self, name: str) -> dict[str, list[float | None]]:
+    def lines(self, name: str) -> dict[str, NDArray[np.float64]]:
         """Visible curves of a figure, by their names."""
-        found: dict[str, list[float | None]] = self.page.evaluate(LINES, name)
-        return found
+        found = self.page.evaluate(LINES, name)
+        return {name: np.array(values, np.float64) for name, values in found.items()}
 
     def marks(self, name: str) -> dict[str, float]:
         """Where the cursor and the fork of a figure are."""

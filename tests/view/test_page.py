@@ -7,6 +7,7 @@ colours from the document.
 import csv
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import datastore
 from tests.view import oracle, stores
 from tests.view.browser import BANDS, IMAGE, PIXEL, RANGE, Viewer, browser, running, until
 
-CLOSE = {"rtol": 2e-4, "atol": 2e-6, "equal_nan": True}
+CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-6, "equal_nan": True}
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,9 @@ def store(kept: Path) -> datastore.Store:
 def same(viewer: Viewer, name: str, wanted: dict[str, Any]) -> None:
     """Wait until a figure shows exactly these curves."""
 
-    def right(found: dict[str, list[float | None]]) -> bool:
+    def right(found: dict[str, Any]) -> bool:
         return found.keys() == wanted.keys() and all(
-            np.shape(found[key]) == np.shape(wanted[key])
-            and np.allclose(np.array(found[key], float), np.asarray(wanted[key], float), **CLOSE)
-            for key in wanted
+            found[key].shape == wanted[key].shape and np.allclose(found[key], wanted[key], **CLOSE) for key in wanted
         )
 
     found = until(lambda: viewer.lines(name), right, page=viewer.page)
@@ -154,8 +153,8 @@ def test_tokens_are_shaded_by_the_trait(viewer: Viewer, store: datastore.Store) 
         values = oracle.drawn(store, "g2-lie", f"{trait}@{layer}", smooth=1)
         for token in (10, 39, 45, 60, 71):
             wanted = oracle.shade_of(float(values[token]), values)
-            assert until(lambda at=token: viewer.colour(at), lambda c, w=wanted: near(c, w), page=viewer.page)
-            assert near(viewer.colour(token), wanted), (trait, token, viewer.colour(token), wanted)
+            found = until(partial(viewer.colour, token), partial(near, wanted=wanted), page=viewer.page)
+            assert near(found, wanted), (trait, token, found, wanted)
     assert viewer.page.locator(".legend .name").inner_text() == "bs/evasion@8"
     assert "cosine" in viewer.page.locator(".legend .unit").inner_text()
 
@@ -485,7 +484,7 @@ def test_no_serious_barrier(viewer: Viewer, query: str) -> None:
 
 def test_it_fits_a_small_and_a_large_window(viewer: Viewer) -> None:
     viewer.open("?view=Compare&rollout=g1-honest")
+    fits = "document.scrollingElement.scrollWidth <= innerWidth"
     for width in (1280, 2560):
         viewer.page.set_viewport_size({"width": width, "height": 1000})
-        fits = "document.scrollingElement.scrollWidth <= innerWidth"
         assert until(lambda: viewer.page.evaluate(fits), bool, page=viewer.page)

@@ -1,0 +1,212 @@
+"""What the page does where something is missing, wrong, or changes while it is open; and one file without a server."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import datastore
+import project
+from datastore.labels import add_labels
+from datastore.maintenance import drop
+from tests import house
+from tests.view import oracle, stores
+from tests.view.browser import Viewer, browser, running, until
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without scores, one that is scored in part, an empty one, and one with a long rollout."""
+    root = tmp_path_factory.mktemp("odd")
+    stores.plain_store(root / "plain.zarr", pairs=1)
+    partly = stores.plain_store(root / "partly.zarr", pairs=2)
+    project.scores(partly, stores.directions(layers=(4,)))
+    project.scores(partly, stores.directions(("mood/calm",), layers=(12,)), rollouts=["g0-lie", "g1-lie"])
+    empty = stores.plain_store(root / "empty.zarr", pairs=1)
+    drop(empty.path, rollouts=[str(name) for name in empty.rollouts.index])
+    stores.long_store(root / "long.zarr")
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(kept: Path) -> Iterator[tuple[Any, str]]:
+    names = ("plain.zarr", "partly.zarr", "empty.zarr", "long.zarr")
+    with browser() as chromium, running([kept / name for name in names]) as address:
+        yield chromium, address
+
+
+@pytest.fixture
+def viewer(served: tuple[Any, str]) -> Iterator[Viewer]:
+    chromium, address = served
+    context = chromium.new_context(viewport={"width": 1280, "height": 1500})
+    one = Viewer(context.new_page(), address)
+    yield one
+    context.close()
+    assert one.errors == []
+    assert one.foreign == []
+
+
+def test_a_store_without_scores_says_how_to_make_them(viewer: Viewer, kept: Path) -> None:
+    viewer.open("?store=plain.zarr")
+    viewer.page.get_by_text("python -m project plain.zarr --vectors DIR").wait_for()
+    viewer.button("Trajectories").click()
+    norms = until(lambda: viewer.lines("norms"), bool, page=viewer.page)
+    _, wanted = oracle.score(datastore.open(kept / "plain.zarr"), "g0-honest", "bs/lying@4")
+    np.testing.assert_allclose(norms["residual@4"], wanted, rtol=1e-5)
+    assert viewer.lines("scores") == {}
+    for view in ("Transcript", "Compare", "Overview"):
+        viewer.button(view).click()
+    for section in ("Heatmaps", "Spans", "Correlation", "Calibration", "Captured"):
+        viewer.button(section).click()
+    assert viewer.page.locator(".t").count() == 72
+
+
+def test_a_store_scored_in_part_shows_what_is_there(viewer: Viewer, kept: Path) -> None:
+    viewer.open("?store=partly.zarr&view=Trajectories&lines=layer&trait=mood/calm&smooth=1&rollout=g0-lie")
+    found = until(lambda: viewer.lines("scores"), lambda lines: len(lines) == 2, page=viewer.page)
+    store = datastore.open(kept / "partly.zarr")
+    rows = np.asarray(store.select("residual", rollouts="g0-lie", layers=12).values, np.float64)
+    unit = np.asarray(stores.directions(("mood/calm",), layers=(12,))[0].values, np.float64)
+    wanted = rows @ (unit / np.linalg.norm(unit)) / np.linalg.norm(rows, axis=1)
+    np.testing.assert_allclose(np.array(found["mood/calm@12"], float), wanted, rtol=1e-4)
+    viewer.open("?store=partly.zarr&view=Trajectories&lines=layer&trait=mood/calm&smooth=1&rollout=g0-honest")
+    found = until(lambda: viewer.lines("scores"), lambda lines: len(lines) == 2, page=viewer.page)
+    assert np.isnan(found["mood/calm@12"]).all()
+    for view in ("Compare", "Overview"):
+        viewer.button(view).click()
+
+
+def test_an_empty_store_says_so(viewer: Viewer) -> None:
+    viewer.open("?store=empty.zarr", text=False)
+    viewer.page.get_by_text("This store holds no rollouts").wait_for()
+    for view in ("Trajectories", "Transcript", "Compare", "Overview"):
+        viewer.button(view).click()
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("?store=partly.zarr&trait=gone/away", "there are no scores of the trait 'gone/away'"),
+        ("?store=partly.zarr&rollout=nobody", "the store has no rollout 'nobody'"),
+        ("?store=gone.zarr", "the store 'gone.zarr' is not served here"),
+        ("?mode=loud&smooth=99", "mode of the address can't be read; smooth of the address can't be read"),
+    ],
+)
+def test_an_address_that_names_what_is_not_there_is_answered(viewer: Viewer, query: str, said: str) -> None:
+    viewer.open(query)
+    viewer.page.get_by_text(said).wait_for()
+
+
+def test_cleaning_without_a_calibration_says_what_to_run(viewer: Viewer) -> None:
+    viewer.open("?store=partly.zarr&view=Trajectories")
+    viewer.field("Massive dimensions taken out").select_option("all")
+    viewer.page.get_by_text("no calibration of residual says which dimensions are massive").wait_for()
+    viewer.field("Massive dimensions taken out").select_option("none")
+    assert until(lambda: viewer.lines("scores"), bool, page=viewer.page)
+
+
+def test_a_store_that_changed_offers_to_be_reloaded(viewer: Viewer, kept: Path) -> None:
+    viewer.open("?store=partly.zarr")
+    assert viewer.page.get_by_role("columnheader", name="verdict").count() == 0
+    add_labels(kept / "partly.zarr", {"g0-lie": {"verdict": "caught"}})
+    viewer.page.get_by_role("button", name="The store has changed: reload").click()
+    viewer.page.get_by_role("columnheader", name="verdict").wait_for()
+
+
+def test_a_long_rollout_is_drawn_and_zoomed_into(viewer: Viewer, kept: Path) -> None:
+    viewer.open("?store=long.zarr&rollout=long&view=Trajectories&smooth=1&mode=raw")
+    found = until(lambda: viewer.lines("scores"), lambda lines: len(lines) == 11, page=viewer.page)
+    store = datastore.open(kept / "long.zarr")
+    scores = store.scores(rollouts="long", traits=["set/trait 0"]).score.values[:, 0]
+    shown = np.array(found["set/trait 0@4"], float)
+    assert len(shown) <= 3000
+    assert {shown.min(), shown.max()} == {scores.min(), scores.max()}  # thinned, and yet its peaks are all there
+    assert viewer.page.locator(".t").count() == 14_000
+    zoom = """() => { const one = Bokeh.documents[0].get_model_by_name("scores");
+      const view = Bokeh.index.find_one(one); view.set_range?.call; one.x_range.start = 7000; one.x_range.end = 8000;
+      view.trigger_ranges_update_event(); }"""
+    viewer.evaluate(zoom)
+    part = until(
+        lambda: np.array(viewer.lines("scores")["set/trait 0@4"], float), lambda p: len(p) == 1003, page=viewer.page
+    )
+    np.testing.assert_allclose(part, scores[6999:8002], rtol=1e-6)
+    viewer.button("Transcript").click()
+    viewer.page.locator(".t[data-i='13990']").click()
+    assert until(lambda: viewer.page.evaluate("location.search"), lambda q: "token=13990" in q, page=viewer.page)
+
+
+def test_one_file_needs_no_server(served: tuple[Any, str], kept: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    command = ["export", str(kept / "partly.zarr"), "--ids", "g0-honest,g0-lie", "--out", str(out)]
+    assert run(command).returncode == 0
+    assert "http://" not in out.read_text(encoding="utf-8").replace("http://www.w3.org", "").split("<script")[0]
+    page = served[0].new_page()
+    viewer = Viewer(page, out.as_uri())
+    page.goto(out.as_uri())
+    page.locator(".t").first.wait_for()
+    assert page.locator(".t").count() == 2 * 72
+    store = datastore.open(kept / "partly.zarr")
+    curves = until(lambda: viewer.lines("scores-of-g0-lie"), bool, page=page)
+    np.testing.assert_allclose(
+        np.array(curves["bs/lying@4"], float), oracle.drawn(store, "g0-lie", "bs/lying@4"), rtol=2e-4
+    )
+    before = [viewer.page.locator(".t[data-i='60']").nth(1).evaluate("(one) => getComputedStyle(one).backgroundColor")]
+    page.get_by_label("Shaded by").nth(1).select_option("bs/lying@4")
+    page.locator(".legend .name", has_text="bs/lying@4").first.wait_for()
+    page.locator(".t[data-i='45']").nth(1).click()
+    assert page.locator(".t.pinned").get_attribute("data-i") == "45"
+    assert before != [page.locator(".t[data-i='60']").nth(1).evaluate("(o) => getComputedStyle(o).backgroundColor")]
+    assert viewer.foreign == []
+    page.close()
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the command line."""
+    return subprocess.run(
+        [sys.executable, "-m", "view", *arguments], cwd=house.ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_command_line_refuses_in_one_sentence(kept: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run([str(kept / "plain.zarr"), "--port", port])
+    assert done.returncode == 1
+    assert f"port {port} is taken by another program" in done.stderr
+    cases = {
+        ("nowhere.zarr",): (2, "nowhere.zarr does not exist"),
+        (str(kept / "plain.zarr"), "--host", "0.0.0.0"): (2, "give --token WORD"),
+        ("export", str(kept / "plain.zarr"), "--ids", "g0-lie"): (2, "Name with --out"),
+        ("export", str(kept / "plain.zarr"), "--ids", "x", "--out", "a.html"): (2, "'x'|x; there are"),
+        ("export", str(kept / "plain.zarr"), "--out", str(tmp_path)): (1, "can't be written as a file"),
+        ("export", str(kept / "plain.zarr"), "--export", "pdf", "--out", "a"): (2, "'pdf' is not known"),
+    }
+    for arguments, (code, said) in cases.items():
+        done = run(list(arguments))
+        text = " ".join(done.stderr.split())
+        assert done.returncode == code, text
+        assert any(one in text for one in said.split("|")), text
+        assert "Traceback" not in done.stderr
+
+
+def test_a_token_is_asked_for_where_others_can_come(kept: Path) -> None:
+    import urllib.error
+    import urllib.request
+
+    with running([kept / "plain.zarr"], "--token", "open sesame") as address:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{address}/")
+        with urllib.request.urlopen(f"{address}/?token=open+sesame") as answer:
+            assert answer.status == 200
+            assert "HttpOnly" in answer.headers["set-cookie"]
+        asked = urllib.request.Request(f"{address}/", headers={"Authorization": "Bearer open sesame"})
+        with urllib.request.urlopen(asked) as answer:
+            assert answer.status == 200
+        elsewhere = urllib.request.Request(f"{address}/?token=open+sesame", headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(elsewhere)
