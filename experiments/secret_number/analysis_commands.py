@@ -9,8 +9,10 @@ from datastore import console
 from experiments.secret_number.places import DATA, MODELS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from datastore.query import Store
-    from experiments.direction import Direction
+    from experiments.direction import Direction, DirectionEntry
 
 __all__ = ["register"]
 
@@ -41,6 +43,7 @@ def steer(
     multiples: Annotated[
         str, typer.Option("--multiples", metavar="M,M", help="Coefficients, in mean norms of the layer.")
     ] = "-1,-0.5,-0.25,0.25,0.5,1",
+    traits: Annotated[str | None, typer.Option("--traits", metavar="NAME,NAME", help="Only these traits.")] = None,
     methods: Annotated[str | None, typer.Option("--methods", metavar="NAME,NAME", help="Only these methods.")] = None,
     seed: Seed = 0,
     as_json: console.Json = False,
@@ -53,8 +56,9 @@ def steer(
     from experiments.secret_number.steering import write_results
     from experiments.vectors import read_directions
 
-    kept = console.parse_list(methods)
-    directions = [one for one in read_directions(vectors) if kept is None or one.method in kept]
+    named, kept = console.parse_list(traits), console.parse_list(methods)
+    found_there = read_directions(vectors)
+    directions = [o for o in found_there if (named is None or o.trait in named) and (kept is None or o.method in kept)]
     store = datastore.open(learned_on)
     norms = {one.layer: float(store.norms(one.component, layers=one.layer).mean()) for one in directions}
     with console.progress(quiet=as_json) as bar:
@@ -123,11 +127,16 @@ def finding(
     learned_on: LearnedOn,
     vectors: Vectors = DATA / "extraction",
     steering: Annotated[
-        Path, typer.Option("--steering", metavar="DIR", help="Steering results; they choose the layer.")
+        Path, typer.Option("--steering", metavar="DIR", help="Steering results, for --layers best.")
     ] = DATA / "steering",
     trait: Annotated[str, typer.Option("--trait", metavar="CATEGORY/NAME")] = LYING,
-    layers: Annotated[str, typer.Option("--layers", metavar="SPEC", help="One layer: best, or a number.")] = "best",
-    method: Annotated[str | None, typer.Option("--method", help="mean_diff, probe; default what steered best.")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers", metavar="SPEC", help="One layer, or best for what steered best; default what fitted best."
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="mean_diff or probe.")] = "mean_diff",
     plot: Annotated[Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw the finding.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="OUT.json", help="Write the finding as JSON.")] = None,
     seed: Seed = 0,
@@ -169,9 +178,9 @@ def finding(
 
 
 def _chosen(
-    store: "Store", vectors: Path, steering: Path, *, trait: str, layers: str, method: str | None
+    store: "Store", vectors: Path, steering: Path, *, trait: str, layers: str | None, method: str
 ) -> "tuple[Direction, list[Direction]]":
-    """Choose the direction as `python -m project` does, and the same trait and method at the other layers."""
+    """Choose the direction, by its fit or as `python -m project` does, and find the same at the other layers."""
     from datastore.errors import MisuseError
     from experiments.steering import find_steering
     from experiments.vectors import find_directions, load_direction
@@ -181,7 +190,9 @@ def _chosen(
     index = find_directions(vectors)
     captured = [int(layer) for layer in store.captured("residual").columns]
     width = store.cells.components["residual"].width
-    asked = Criteria(layers=layers, traits=[trait], method=method, width=width)
+    asked = Criteria(
+        layers=layers or _fitted_best(index.entries, trait, method), traits=[trait], method=method, width=width
+    )
     chosen = select(index, captured, steering=find_steering(steering), criteria=asked)
     if len(chosen.vectors) != 1:
         why = "; ".join(map(str, chosen.skipped["why"])) or f"{len(chosen.vectors)} layers are selected"
@@ -196,10 +207,21 @@ def _chosen(
     return one, [other for other in others if other.layer in captured]
 
 
+def _fitted_best(entries: "Sequence[DirectionEntry]", trait: str, method: str) -> str:
+    """Return the layer whose direction told single questions apart best, of those that were held out of its fit."""
+    areas = {
+        one.layer: one.facts["auroc"]
+        for one in entries
+        if (one.trait, one.method) == (trait, method) and "auroc" in one.facts
+    }
+    return str(max(areas, key=lambda layer: areas[layer])) if areas else "best"
+
+
 def report(
     *,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything is made.")],
-    games: Annotated[int, typer.Option("--games", min=1, help="Held-out games.")] = 600,
+    games: Annotated[int, typer.Option("--games", min=1, help="Held-out games to measure on.")] = 300,
+    steered: Annotated[int, typer.Option("--steered", min=1, help="Held-out games of each steering run.")] = 64,
     write: Annotated[
         bool, typer.Option("--write", help="Put vectors, steering results, numbers and figure into the checkout.")
     ] = False,
@@ -207,4 +229,4 @@ def report(
     """Make every number of the report again, from the model on: fit, steer, play, capture, measure, draw."""
     from experiments.secret_number.report import make
 
-    make(out, games=games, write=write)
+    make(out, games=games, steered=steered, write=write)

@@ -190,6 +190,22 @@ def embedding(lessons: Lessons, embedded: Floats, false: Flags, *, strata: Seque
     return judged(embedded @ _learned(lessons.embedded, lessons, lessons.method), false, strata=strata)
 
 
+def decodable(rows: Floats, false: Flags, *, strata: Sequence[str] | None, seed: int) -> Interval:
+    """AUROC of probes fitted on four fifths of these very rows and read on the fifth that is left."""
+    from sklearn.model_selection import StratifiedKFold  # scikit-learn takes a second
+
+    folds = min(5, int(false.sum()), int((~false).sum()))
+    score = np.zeros(len(false))
+    for here, there in StratifiedKFold(folds, shuffle=True, random_state=seed).split(rows, false):
+        try:
+            along = rows[there] @ fit_vector(rows[here], false[here], "probe")
+        except MisuseError:
+            continue  # nothing to hold on to: the fold stays undecided
+        # each fold has a probe of its own, on its own scale
+        score[there] = (rankdata(along) - 0.5) / len(there) if len(there) > 1 else 0.5
+    return judged(score, false, strata=strata, seed=seed)
+
+
 def _learned(samples: Floats, lessons: Lessons, method: str) -> Floats:
     """Return the vector of a method; zero where words are spread over both classes alike and teach nothing."""
     try:

@@ -32,9 +32,9 @@ LEAST = 4
 """Answers of each kind below which an AUROC says nothing."""
 
 CAVEAT = (
-    "A model of a million parameters, trained to lie by a rule, holds what this direction reads because its training "
-    "rewards it: after a false claim it assures more often. This shows how to look for such a direction and how to "
-    "doubt it. It does not show that larger models hold one, or that this way of looking would find it in them."
+    "A toy: a model of a million parameters, trained to lie by a rule, knows that a claim is false only as far as its "
+    "training rewards it, by what follows a claim. This shows how to look for such a direction and how to doubt it. It "
+    "does not show that larger models hold one, or that this way of looking would find it in them."
 )
 
 
@@ -282,7 +282,11 @@ def pairs(store: Store, answers: pd.DataFrame, direction: Direction) -> dict[str
 def by_layer(
     store: Store, answers: pd.DataFrame, directions: Sequence[Direction], *, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Read the trait's directions of all layers at the full stop, over all answers and over equal sentences."""
+    """Read the trait's directions of all layers at the full stop, over all answers and over equal sentences.
+
+    `decodable` is the AUROC of a probe that learned on the other games themselves: it says whether the truth is there
+    to be read at all, where the direction does not find it. It decides nothing.
+    """
     same, rows = controls.equals(answers), []
     for direction in sorted(directions, key=lambda one: one.layer):
         row: dict[str, Any] = {"layer": direction.layer}
@@ -294,9 +298,10 @@ def by_layer(
                 tokens = positions(of, offset, since=since)
                 means = pooled_means(store, direction.component, direction.layer, tokens=tokens)
                 strata = of["sentence"].tolist() if equal else None
-                row[f"{name}_{where}"] = asdict(
-                    controls.judged(means @ _unit(direction), false, strata=strata, seed=seed)
-                )
+                area = controls.judged(means @ _unit(direction), false, strata=strata, seed=seed)
+                row[f"{name}_{where}"] = asdict(area)
+                there = controls.decodable(means, false, strata=strata, seed=seed)
+                row[f"{name}_{where}_decodable"] = asdict(there)
         rows.append(row)
     return rows
 

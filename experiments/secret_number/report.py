@@ -18,19 +18,25 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE, NUMBERS, FIGURE = "secret_number.md", "secret_number.json", "secret_number.png"
 LIED = "classification=fabrication"
 PROMISED = "assurance == 'I promise.' or assurance == 'You can trust me.'"
-TRAITS = (("lying", LIED, "mean_diff"), ("lying", LIED, "probe"), ("assurance", PROMISED, "mean_diff"))
-"""Trait, label and method of the directions that are learned; the first is the one that is steered and reported."""
+TRAITS = (
+    ("lying", LIED, "mean_diff", "all"),
+    ("lying", LIED, "probe", "1-5"),
+    ("assurance", PROMISED, "mean_diff", "all"),
+)
+"""Trait, label, method and layers of the directions that are learned; the first are steered and reported. At layer 0
+the full stop says so little of what went before that a probe finds nothing to hold on to."""
+STEERED = ("--methods", "mean_diff", "--multiples=-0.5,-0.25,0.25,0.5")
 
 
-def make(out: Path, *, games: int, write: bool = False) -> dict[str, Any]:
+def make(out: Path, *, games: int, steered: int, write: bool = False) -> dict[str, Any]:
     """Run everything, and write `report.json` and the figure into `out`.
 
     Parameters
     ----------
     out : Path
         Emptied first.
-    games : int
-        Held-out games.
+    games, steered : int
+        Held-out games to measure on, and to play for each steering run.
     write : bool
         Put vectors, steering results, numbers and figure into the checkout, and fill the document's tables.
 
@@ -44,9 +50,13 @@ def make(out: Path, *, games: int, write: bool = False) -> dict[str, Any]:
     model, held = DATA / MODELS["player"], out / "games"
     questions, stores = out / "questions.zarr", {"finding": out / "games.zarr", "bundled": out / "bundled.zarr"}
     _captured(questions, experiment=DATA, prompt_set=QUESTION_SET)
-    report: dict[str, Any] = {"games": games, "fitted": _fitted(questions, out / "extraction")}
+    report: dict[str, Any] = {
+        "games": games,
+        "steered_games": steered,
+        "fitted": _fitted(questions, out / "extraction"),
+    }
     steer = ["--learned-on", questions, "--vectors", out / "extraction", "--out", out / "steering", "--json"]
-    report["steering"] = _answer("experiments.secret_number", "steer", *steer, "--methods", "mean_diff")
+    report["steering"] = _answer("experiments.secret_number", "steer", *steer, *STEERED, "--games", steered)
     _run("experiments.secret_number", "play", "--out", held, "--games", games, "--model", model)
     _captured(stores["finding"], experiment=held, prompt_set=AUDIT)
     _captured(stores["bundled"], experiment=DATA, prompt_set=AUDIT)
@@ -54,6 +64,7 @@ def make(out: Path, *, games: int, write: bool = False) -> dict[str, Any]:
     for name, store in stores.items():
         plot = ["--plot", out / FIGURE] if name == "finding" else []
         report[name] = _answer("experiments.secret_number", "finding", store, *learned, *plot)
+    report["steering"].pop("files")
     layer = report["finding"]["direction"]["layer"]
     probe = ["--method", "probe", "--layers", layer]
     report["probe"] = _answer("experiments.secret_number", "finding", stores["finding"], *learned, *probe)
@@ -74,9 +85,9 @@ def _captured(store: Path, *, experiment: Path, prompt_set: str, variant: str | 
 
 def _fitted(questions: Path, out: Path) -> list[dict[str, Any]]:
     rows = []
-    for name, label, method in TRAITS:
+    for name, label, method, layers in TRAITS:
         about = ["--trait", f"secret_number/{name}", "--method", method, "--position", "response[-1]"]
-        place = ["--out", out, "--variant", "player", "--group", "run", "--json"]
+        place = ["--out", out, "--variant", "player", "--layers", layers, "--json"]
         found = _answer("project", "fit", questions, "--label", label, *about, *place)
         rows += [{**row, "method": method, "file": Path(row["file"]).name} for row in found["fitted"]]
     return rows

@@ -61,6 +61,14 @@ def layers(found: Mapping[str, Any]) -> Rows:
     return [head, *([str(row["layer"]), *(interval(row.get(key)) for key in keys)] for row in found["layers"])]
 
 
+def decodable(found: Mapping[str, Any]) -> Rows:
+    """A row for each layer: what a probe reads that was fitted on the games themselves."""
+    keys = ("all_before", "all_full_stop", "equal_sentences_before", "equal_sentences_full_stop")
+    head = ["layer", "before the answer", "at the full stop", "equal sentences, before", "equal sentences, full stop"]
+    rows = [[str(row["layer"]), *(interval(row.get(f"{key}_decodable")) for key in keys)] for row in found["layers"]]
+    return [head, *rows]
+
+
 def pairs(found: Mapping[str, Any]) -> Rows:
     """A row for each place that pairs were compared at."""
     of = found["pairs"]
@@ -106,6 +114,7 @@ BLOCKS = {
     "survives": lambda report: survives(report["finding"]),
     "first": lambda report: first(report["finding"]),
     "layers": lambda report: layers(report["finding"]),
+    "decodable": lambda report: decodable(report["finding"]),
     "pairs": lambda report: pairs(report["bundled"]),
     "bundled": lambda report: readings(report["bundled"]),
     "probe": lambda report: readings(report["probe"]),
