@@ -14,7 +14,7 @@ TEST_ENV := $(QUIET_ENV) HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 OPENBLAS_NUM_TH
 DEMO_RUN = $(QUIET_ENV) $(BIN)/python -m
 JOBS ?= 2
 
-.PHONY: setup demo report test check lint types imports bench bench-calibrate bench-store bench-capture bench-import bench-project bench-scale bench-gpu bench-serve bench-api bench-faults clean
+.PHONY: setup demo report test chromium screenshots check lint types imports bench bench-calibrate bench-store bench-capture bench-import bench-project bench-scale bench-gpu bench-serve bench-api bench-faults bench-view clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -47,7 +47,17 @@ demo: setup
 report: setup
 	$(QUIET_ENV) $(BIN)/python -m experiments.secret_number report --out build/report $(REPORT_ARGS)
 
-test: check $(ZARRITA)
+# The page is tested in a real browser. Where this machine lets us, it is installed before any test starts.
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium; } >/dev/null 2>&1 || \
+	  echo "warning: there is no chromium and it can't be installed here: the page is not tested" >&2
+
+screenshots: setup
+	$(QUIET_ENV) $(BIN)/python -m benchmarks.screenshots docs/images
+
+test: check chromium $(ZARRITA)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # What a browser reads stores with. Without npm or a network its tests say that they were not run, and fail where CI is set.
@@ -102,6 +112,9 @@ bench-gpu: setup
 
 bench-import: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.exchange $(BENCH_ARGS)
+
+bench-view: setup
+	$(QUIET_ENV) $(BIN)/python -m benchmarks.view $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) $(dir $(ZARRITA)) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
