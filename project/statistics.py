@@ -106,7 +106,15 @@ def bootstrap_difference(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95
 
 def bootstrap_auroc(positive: ArrayLike, negative: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Interval:
     """AUROC with an interval, rollouts drawn with replacement within each class; one number for each rollout."""
-    return _resampled(_auroc, (_finite(positive), _finite(negative)), paired=False, confidence=confidence, seed=seed)
+    up, down = _finite(positive), _finite(negative)
+    values, places = np.unique(np.concatenate([up, down]), return_inverse=True)
+    # Resamples repeat the values that there are: counting each one's copies needs no sort, and gives the same numbers.
+    samples = places[: len(up)].astype(np.float64), places[len(up) :].astype(np.float64)
+
+    def statistic(up: Floats, down: Floats, axis: int) -> Floats:
+        return _auroc_of_places(up, down, axis, n_values=len(values))
+
+    return _resampled(statistic, samples, paired=False, confidence=confidence, seed=seed)
 
 
 def _resampled(
@@ -144,6 +152,22 @@ def _auroc(up: Floats, down: Floats, axis: int) -> Floats:
     ranks = rankdata(np.concatenate([up, down], axis=axis), axis=axis)
     above = np.take(ranks, np.arange(n), axis=axis).sum(axis=axis) - n * (n + 1) / 2
     return np.asarray(above / (n * m))
+
+
+def _auroc_of_places(up: Floats, down: Floats, axis: int, *, n_values: int) -> Floats:
+    """Return `_auroc` along the last axis, of values given by their places among all distinct ones in order."""
+    n, m = up.shape[axis], down.shape[axis]
+    above, below = (_counts(places, n_values) for places in (up, down))
+    below = np.cumsum(below, axis=-1) - below / 2  # smaller ones, and ties by half
+    return np.asarray((above * below).sum(axis=-1) / (n * m)).reshape(up.shape[:-1])
+
+
+def _counts(places: Floats, n_values: int) -> Floats:
+    """Count the copies of each place in each row."""
+    rows = places.reshape(-1, places.shape[-1]).astype(np.int64)
+    offset = np.arange(len(rows))[:, np.newaxis] * n_values
+    counted = np.bincount((rows + offset).reshape(-1), minlength=len(rows) * n_values)
+    return counted.reshape(len(rows), n_values).astype(np.float64)
 
 
 def _finite(values: ArrayLike) -> Floats:
