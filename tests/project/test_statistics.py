@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import bootstrap
 from sklearn.metrics import roc_auc_score
 
 from datastore.errors import MisuseError
 from project.statistics import (
+    RESAMPLES,
     auroc,
     bootstrap_auroc,
     bootstrap_difference,
@@ -82,3 +84,24 @@ def test_intervals_of_two_groups_hold_their_value() -> None:
     assert apart.value == pytest.approx(high.mean() - low.mean())
     assert apart.low < apart.value < apart.high
     assert 0.5 < above.low < above.value == auroc(high, low) < above.high < 1
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_interval_of_an_area_is_that_of_all_pairs_of_each_resample(ties: bool) -> None:
+    random = np.random.default_rng(4)
+    up, down = random.standard_normal(9) + 0.5, random.standard_normal(12)
+    if ties:
+        up, down = np.round(up), np.round(down)
+
+    def pairs(up: np.ndarray, down: np.ndarray) -> float:
+        difference = up[:, np.newaxis] - down
+        return float((difference > 0).mean() + (difference == 0).mean() / 2)
+
+    rng = np.random.default_rng(0)
+    expected = bootstrap(
+        (up, down), pairs, paired=False, vectorized=False, method="percentile", n_resamples=RESAMPLES, rng=rng
+    )
+    found = bootstrap_auroc(up, down)
+    np.testing.assert_allclose(found.value, pairs(up, down), rtol=1e-12)
+    bounds = expected.confidence_interval
+    np.testing.assert_allclose([found.low, found.high], [bounds.low, bounds.high], rtol=1e-12)
