@@ -368,7 +368,7 @@ def test_the_table_of_rollouts(viewer: Viewer, store: datastore.Store) -> None:
     assert until(viewer.field("Rollout").input_value, lambda v: v == "g3-lie", page=page) == "g3-lie"
 
 
-def test_heatmaps_spans_correlation_and_the_model(viewer: Viewer, store: datastore.Store) -> None:
+def test_heatmaps_and_spans(viewer: Viewer, store: datastore.Store) -> None:
     viewer.open("?rollout=g0-lie&trait=bs/lying&smooth=1")
     page = viewer.page
     viewer.button("Heatmaps").click()
@@ -402,7 +402,11 @@ def test_heatmaps_spans_correlation_and_the_model(viewer: Viewer, store: datasto
     assert until(lambda: first.nth(4).inner_text(), lambda t: bool(t), page=page)
     first.nth(4).click()
     assert until(lambda: page.evaluate("location.search"), lambda q: "view=Transcript" in q, page=page)
-    viewer.button("Overview").click()
+
+
+def test_correlation_and_what_holds_of_the_model(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?rollout=g0-lie&trait=bs/lying&smooth=1")
+    page = viewer.page
     viewer.button("Correlation").click()
     same_token = until(lambda: viewer.evaluate(IMAGE, "correlation"), lambda f: len(f) == 36, page=page)
     np.testing.assert_allclose(np.array(same_token, float).reshape(6, 6).diagonal(), 1.0, rtol=1e-5)
