@@ -5,9 +5,10 @@ single dimensions. It is never changed; a later one adds directions or rollouts,
 long as the capture that it was computed from does.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -418,7 +419,7 @@ class _Found:
             return
         source, target = [a for a, _ in pairs], [b for _, b in pairs]
         every = slice(0, len(result.columns[kind]))
-        for first, last in result.ragged.tokens_of(rows):
+        for first, last in _some_at_a_time(result.ragged.tokens_of(rows)):
             values = storage.read_region(result.path / kind, (slice(first, last), every))[:, source]
             for piece in result.ragged.pieces(first, last):
                 at = starts[result.rollout_ids[piece.row]] + piece.start - result.ragged.range(piece.row)[0]
@@ -480,6 +481,13 @@ def _dataset(
         },
         coords=coords.assign({**table, **placed, "direction": labels}),
     )
+
+
+def _some_at_a_time(ranges: Sequence[tuple[int, int]], most: int = 4 * CHUNK) -> Iterator[tuple[int, int]]:
+    """Cut ranges of tokens where chunks begin, so that a result is not held twice while it is read."""
+    for first, last in ranges:
+        edges = [first, *range((first // most + 1) * most, last, most), last]
+        yield from pairwise(edges)
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

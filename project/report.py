@@ -20,11 +20,11 @@ def direction_rows(chosen: Selection, found: xr.Dataset | None, *, segment: str 
     means: dict[tuple[str, int], float] = {}
     if found is not None:
         kept = found if segment is None else found.isel(token=np.flatnonzero(found.segment.values == segment))
-        wide = kept.score.values.astype(np.float64)
-        there = np.isfinite(wide)
+        scores = kept.score.values
         for j, key in enumerate(zip(found.sha256.values, found.layer.values, strict=True)):
-            if there[:, j].any():
-                means[str(key[0]), int(key[1])] = float(wide[there[:, j], j].mean())
+            column = scores[:, j][np.isfinite(scores[:, j])].astype(np.float64)  # one at a time: there may be hundreds
+            if len(column):
+                means[str(key[0]), int(key[1])] = float(column.mean())
     return [
         {
             **{name: row[name] for name in _NAMES},

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import calibrate
 import datastore
 import project
+from datastore import scores
 from datastore.errors import AbsentError, CorruptError, MisuseError, ReadOnlyError
 from experiments.projections import read_projection
 from project import cleaning, derive, kernel
@@ -271,3 +272,8 @@ def test_a_calibrated_store_keeps_what_cleaning_needs(store: datastore.Store, tm
     response = [float(v) for v in values_of("b", 10, n_tokens=NAMES["b"], width=WIDTH)[NAMES["b"] // 2 :, WIDTH // 3]]
     assert data.activation_values.response[WIDTH // 3] == response
     np.testing.assert_allclose(data.vec_components[WIDTH // 3], one.values[WIDTH // 3], rtol=1e-6)
+
+
+def test_a_result_is_read_some_chunks_at_a_time() -> None:
+    assert list(scores._some_at_a_time([(5, 23), (24, 40)], most=8)) == [(5, 8), (8, 16), (16, 23), (24, 32), (32, 40)]
+    assert list(scores._some_at_a_time([(0, 8), (9, 10)], most=8)) == [(0, 8), (9, 10)]
