@@ -25,6 +25,7 @@ from datastore.schema import Plan, Rollout
 __all__ = ["budget", "captures", "copies", "make_llama"]
 
 PROVENANCE = {"model": {"name": "random-llama"}}
+MEMORY = 8 << 30
 
 
 def make_llama(sizes: Sizes, device: torch.device, **changes: Any) -> Any:
@@ -133,23 +134,54 @@ def _one(
     batches: int,
 ) -> tuple[list[Row], str]:
     rollouts = make_rollouts(sizes, batches)
-    stores = iter(root / f"{len(layers)}-{i}.zarr" for i in range(100))
     bare = _bare(model, rollouts, sizes.batch_tokens, device)
+    seconds = _seconds(sizes, root, bare, model=model, table=table, layers=layers, rollouts=rollouts)
+    tokens = sum(r.n_tokens for r in rollouts)
+    speed = {name: tokens / s for name, s in seconds.items()}
+    target = 0.8 if len(layers) == table.n_layers else 0.95
+    rivals = {
+        "bare forward": speed["bare"],
+        "the lower of bare forward and writer alone": min(speed["bare"], speed["written"]),
+    }
+    rows = [
+        Row(
+            what=f"capture of {len(layers)} of {table.n_layers} layers to disk",
+            value=speed["captured"],
+            unit="tokens/s",
+            rival=rival,
+            rival_value=theirs,
+            ratio=speed["captured"] / theirs,
+            target=target,
+        )
+        for rival, theirs in rivals.items()
+    ]
+    gb = tokens * len(layers) * table.hidden * 2 / 1e9
+    return rows, (
+        f"{len(layers)} layers: {tokens} tokens, {gb:.1f} GB raw, capture {gb / seconds['captured']:.2f} GB/s, "
+        f"writer alone {gb / seconds['written']:.2f} GB/s"
+    )
+
+
+def _seconds(
+    sizes: Sizes,
+    root: Path,
+    bare: Callable[[], None],
+    *,
+    model: Any,
+    table: ComponentTable,
+    layers: Sequence[int],
+    rollouts: Sequence[Rollout],
+) -> dict[str, float]:
+    """Median seconds of the bare forward, of a whole capture, and of writing as many rows without a model."""
+    values = _some_rows(model, table, rollouts[0], layers)
+    stores = iter(root / f"{len(layers)}-{i}.zarr" for i in range(100))
     last = root / "none"
+    options: dict[str, Any] = {"layers": layers, "provenance": PROVENANCE, "batch_tokens": sizes.batch_tokens}
 
     def captured() -> None:
         nonlocal last
         last = next(stores)
-        capture.run(
-            model,
-            None,
-            rollouts,
-            last,
-            layers=layers,
-            provenance=PROVENANCE,
-            batch_tokens=sizes.batch_tokens,
-            memory=8 << 30,
-        )
+        capture.run(model, None, rollouts, last, memory=MEMORY, **options)
 
     def written() -> None:
         nonlocal last
@@ -160,45 +192,13 @@ def _one(
         shutil.rmtree(last, ignore_errors=True)
         os.sync()
 
-    values = _some_rows(model, table, rollouts[0], layers)
     for task in (bare, captured):
         clear()
         task()
-    seconds = alternate(
-        {"bare": bare, "captured": captured, "written": written}, rounds=min(2, sizes.rounds), before=clear
-    )
+    tasks = {"bare": bare, "captured": captured, "written": written}
+    seconds = alternate(tasks, rounds=min(2, sizes.rounds), before=clear)
     clear()
-    tokens = sum(r.n_tokens for r in rollouts)
-    speed = {name: tokens / s for name, s in seconds.items()}
-    n_bytes = tokens * len(layers) * table.hidden * 2
-    what = f"capture of {len(layers)} of {table.n_layers} layers to disk"
-    limit = min(speed["bare"], speed["written"])
-    every = len(layers) == table.n_layers
-    rows = [
-        Row(
-            what=what,
-            value=speed["captured"],
-            unit="tokens/s",
-            rival="bare forward",
-            rival_value=speed["bare"],
-            ratio=speed["captured"] / speed["bare"],
-            target=0.8 if every else 0.95,
-        ),
-        Row(
-            what=what,
-            value=speed["captured"],
-            unit="tokens/s",
-            rival="the lower of bare forward and writer alone",
-            rival_value=limit,
-            ratio=speed["captured"] / limit,
-            target=0.8 if every else 0.95,
-        ),
-    ]
-    gb = n_bytes / 1e9
-    return rows, (
-        f"{len(layers)} layers: {tokens} tokens, {gb:.1f} GB raw, capture {gb / seconds['captured']:.2f} GB/s, "
-        f"writer alone {gb / seconds['written']:.2f} GB/s"
-    )
+    return seconds
 
 
 def make_rollouts(sizes: Sizes, batches: int) -> list[Rollout]:
@@ -266,7 +266,7 @@ def _write_alone(
     rollouts: Sequence[Rollout], store: Path, table: ComponentTable, layers: Sequence[int], *, values: dict[int, Any]
 ) -> None:
     plan = _plan(store, rollouts, table, layers, sum(r.n_tokens for r in rollouts))
-    with datastore.create(store, plan, memory=8 << 30) as writer:
+    with datastore.create(store, plan, memory=MEMORY) as writer:
         for rollout in plan.rollouts:
             for layer in layers:
                 writer.put("residual", layer, rollout.rollout_id, values[layer][: rollout.n_tokens])

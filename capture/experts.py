@@ -96,7 +96,7 @@ class Int4Experts(nn.Module):
         ends = torch.searchsorted(sorted_experts, experts, right=True).to(torch.int32)
         token = order // top_k_index.shape[1]
         multiply = _kernel(hidden_states, self) or _multiply
-        rows = multiply(self, hidden_states, token, ends)
+        rows = multiply(self, hidden_states, token=token, ends=ends)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
         out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=rows.device)
@@ -147,7 +147,7 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.stack([bytes_ & 15, bytes_ >> 4], dim=1).sub_(8).to(dtype)
 
 
-def _multiply(module: Int4Experts, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
+def _multiply(module: Int4Experts, x: Tensor, *, token: Tensor, ends: Tensor) -> Tensor:
     """Rows of the sorted (token, expert) pairs, [pairs, hidden]: one projection of some active experts at a time."""
     rows = torch.empty(len(token), module.hidden, dtype=x.dtype, device=x.device)
     bounds = [0, *ends.tolist()]
@@ -184,7 +184,7 @@ def _has_kernel(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
-def _kernel(x: Tensor, module: Int4Experts) -> Callable[[Int4Experts, Tensor, Tensor, Tensor], Tensor] | None:
+def _kernel(x: Tensor, module: Int4Experts) -> Callable[..., Tensor] | None:
     """What multiplies INT4 directly on this device, where there is such a kernel for these sizes."""
     if (
         not module.direct

@@ -38,7 +38,7 @@ def fits(module: Any) -> bool:
     return bool(whole and module.group % 8 == 0 and module.act == "silu")
 
 
-def multiply(module: Any, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
+def multiply(module: Any, x: Tensor, *, token: Tensor, ends: Tensor) -> Tensor:
     """Rows of the sorted (token, expert) pairs: [pairs, hidden].
 
     Parameters
@@ -58,8 +58,8 @@ def multiply(module: Any, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
     inner = torch.empty(pairs, module.inner, dtype=x.dtype, device=x.device)
     identity = torch.arange(pairs, device=x.device)
     with torch.cuda.device(x.device):
-        _launch(_spread(x), token, inner, tiles, module, "gate", "up")
-        _launch(_spread(inner), identity, rows, tiles, module, "down", "down")
+        _launch(_spread(x), inner, tiles, source=token, module=module, names=("gate", "up"))
+        _launch(_spread(inner), rows, tiles, source=identity, module=module, names=("down", "down"))
     return rows
 
 
@@ -87,7 +87,8 @@ class _Tiles:
         self.end = ends[safe]
 
 
-def _launch(x: Tensor, source: Tensor, out: Tensor, tiles: _Tiles, module: Any, first: str, second: str) -> None:
+def _launch(x: Tensor, out: Tensor, tiles: _Tiles, *, source: Tensor, module: Any, names: tuple[str, str]) -> None:
+    first, second = names
     packed, scale = getattr(module, f"{first}_packed"), getattr(module, f"{first}_scale")
     gated = first != second
     other, other_scale = getattr(module, f"{second}_packed"), getattr(module, f"{second}_scale")

@@ -65,7 +65,7 @@ def int4_sources(model: torch.nn.Module, directory: Path) -> Sources:
     for name, tensor in tensors_of(model).items():
         owner = next((path for path in experts if name.startswith(path)), None)
         if owner is not None:
-            sources += _slices(stored, prefix + owner, name.removeprefix(owner), tensor)
+            sources += _slices(stored, prefix + owner, name=name.removeprefix(owner), buffer=tensor)
         elif prefix + name in stored or name not in computed:
             sources.append((_found(stored, prefix + name, tensor.shape), tensor))
     return sources
@@ -83,7 +83,7 @@ def _computed(model: torch.nn.Module) -> set[str]:
     return {name for name, _ in model.named_buffers()} - set(model.state_dict())
 
 
-def _slices(stored: Mapping[str, Stored], path: str, name: str, buffer: Tensor) -> Sources:
+def _slices(stored: Mapping[str, Stored], path: str, *, name: str, buffer: Tensor) -> Sources:
     projection, kind = name.split("_")
     return [
         (_found(stored, f"{path}{expert}.{projection}_proj.weight_{kind}", one.shape), one)

@@ -138,7 +138,7 @@ def _cached(order: Order, tick: Tick) -> Any | None:
     ours, theirs = order.cache or cache.default_directory(wanted), gpucache.find(order.info.model_id)
     ways: list[tuple[Path, Callable[[], Any]]] = []
     if order.cache is not None or ours.exists():
-        ways.append((ours, lambda: _from_cache(order, ours, wanted, tick)))
+        ways.append((ours, lambda: _from_cache(order, ours, wanted=wanted, tick=tick)))
     if theirs is not None and wanted.quantization:
         ways.append((theirs, lambda: _from_gpu_cache(order, theirs, tick)))
     for path, way in ways:
@@ -151,7 +151,7 @@ def _cached(order: Order, tick: Tick) -> Any | None:
     return None
 
 
-def _from_cache(order: Order, directory: Path, wanted: cache.Wanted, tick: Tick) -> Any:
+def _from_cache(order: Order, directory: Path, *, wanted: cache.Wanted, tick: Tick) -> Any:
     manifest = cache.read(directory)
     cache.check(manifest, wanted, directory)
     model, devices = _skeleton(order)

@@ -165,7 +165,7 @@ def _read_run(run: list[_Piece], local: threading.local, tell: Tick) -> None:
             _read_cast(descriptor, run[0])
         elif run[0].into.device.type == "cpu":
             for piece in run:
-                _read(descriptor, piece.into, piece.start, run[0].path)
+                _read(descriptor, piece.into, piece.start, path=run[0].path)
         else:
             _read_pinned(descriptor, run, local)
     finally:
@@ -173,7 +173,7 @@ def _read_run(run: list[_Piece], local: threading.local, tell: Tick) -> None:
     tell(sum(piece.n_bytes for piece in run))
 
 
-def _read(descriptor: int, into: Tensor, start: int, path: Path) -> None:
+def _read(descriptor: int, into: Tensor, start: int, *, path: Path) -> None:
     view, done = _memory(into), 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], start + done)
@@ -185,7 +185,7 @@ def _read(descriptor: int, into: Tensor, start: int, path: Path) -> None:
 def _read_cast(descriptor: int, piece: _Piece) -> None:
     assert piece.cast is not None
     values = torch.empty(piece.cast.shape, dtype=piece.cast.dtype)
-    _read(descriptor, as_bytes(values), piece.start, piece.path)
+    _read(descriptor, as_bytes(values), piece.start, path=piece.path)
     piece.into.copy_(values)
 
 
@@ -199,7 +199,7 @@ def _read_pinned(descriptor: int, run: list[_Piece], local: threading.local) -> 
     local.turn ^= 1
     buffer, event = local.buffers[local.turn], local.events[local.turn]
     event.synchronize()
-    _read(descriptor, buffer[: run[-1].start + run[-1].n_bytes - start], start, run[0].path)
+    _read(descriptor, buffer[: run[-1].start + run[-1].n_bytes - start], start, path=run[0].path)
     with torch.cuda.stream(local.stream):
         for piece in run:
             piece.into.copy_(buffer[piece.start - start :][: piece.n_bytes], non_blocking=True)

@@ -21,6 +21,7 @@ LONGER: dict[str, str] = {
     "project/commands.py:project": "the same",
 }
 WIDER = {
+    "capture/experts_triton.py:_kernel": "Triton passes a kernel's parameters by position",
     "capture/forward.py:__call__": "where rows go and the rows, as Writer.put takes them",
     "capture/runner.py:_put": "the same",
     "capture/runner.py:run": "model, tokenizer, rollouts, store: the call of the design, in the order one says it",

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import datastore
 from capture import loaders
 from capture.components import find_components
 from capture.errors import ModelError, RequestError
@@ -18,6 +19,9 @@ from capture.forward import run_batch
 from capture.loading import describe, identity, load, order_of, provenance
 from tests import kimi
 from tests.capture import tiny
+from tests.capture.cli import Command, command
+
+__all__ = ["command"]
 
 
 def rows_of(model: Any, layers: list[int]) -> dict[Any, Any]:
@@ -50,8 +54,9 @@ def adapter(model: Path) -> Path:
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(str(model.with_name("adapter")))
-    return model.with_name("adapter")
+        saved = model.with_name("adapter")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(str(saved))
+    return saved
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -71,6 +76,28 @@ def test_an_adapter_is_part_of_the_provenance(model: Path, adapter: Path) -> Non
     assert len(said["adapter"]["sha256"]) == 64
     assert identity(info, device="cpu") == said
     assert "adapter" not in identity(describe(model), device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_the_command_captures_with_an_adapter_and_says_so(
+    model: Path, adapter: Path, tmp_path: Path, command: Command
+) -> None:
+    conversation = tmp_path / "rollouts.json"
+    conversation.write_text('[{"id": "a", "text": "w5 w6 w7 w8"}]')
+    words = ("--model", model, "--input", conversation, "--device", "cpu", "--layers", "1")
+    told = command("--store", tmp_path / "with.zarr", *words, "--adapter", adapter)
+    assert told.code == 0, told.err
+    store = datastore.open(tmp_path / "with.zarr")
+    assert store.provenance[1]["model"]["adapter"]["name"] == "adapter"
+    loaded = load(describe(model, adapter=str(adapter)), device="cpu", cache=False)
+    ids = store.tokens("a")["token_id"].to_numpy()
+    rows: list[Any] = []
+    batch, layer = [("a", ids)], [1]
+    put: Any = lambda c, l, r, values, *, start: rows.append(np.array(values))  # noqa: E731, E741
+    run_batch(loaded.model, find_components(loaded.model), batch, layers=layer, components=["residual"], put=put)
+    stored = store.select("residual", rollouts="a", layers=1).to_numpy()
+    assert np.array_equal(stored.reshape(rows[0].shape), rows[0].astype(np.float32))
+    assert command("--store", tmp_path / "no.zarr", "--adapter", adapter).code == 2
 
 
 def rewrite(adapter: Path, into: Path, change: Any) -> Path:
