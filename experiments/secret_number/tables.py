@@ -1,6 +1,6 @@
 """A finding and a report as tables: on the terminal with rich, in the document as Markdown, both from the same rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datastore import console
@@ -108,7 +108,57 @@ def differs(report: Mapping[str, Any]) -> Rows:
     return rows
 
 
-BLOCKS = {
+def verdict(report: Mapping[str, Any]) -> str:
+    """The finding in words, and what there was to be found."""
+    found = report["finding"]
+    about, answers, at = found["direction"], found["answers"], found["first_separates"]["claim"]
+    learned = next(
+        one for one in report["fitted"] if all(one[key] == about[key] for key in ("trait", "layer", "method"))
+    )
+    there = next(row for row in found["layers"] if row["layer"] == about["layer"])
+    area = {"value": learned["auroc"], "low": learned["auroc_low"], "high": learned["auroc_high"]}
+    where = "nowhere" if at is None else f"first {at:+d} tokens from the token that decides the truth"
+    read = [interval(there.get(f"{key}_full_stop_decodable")) for key in ("all", "equal_sentences")]
+    return (
+        f"{answers['n']} audit answers, {answers['false']} of them false. {_capital(found['verdict'])} It separates "
+        f"{where}.\n\nThe direction is that of layer {about['layer']}, which did best on single questions held out of "
+        f"its fit: AUROC {interval(area)}. A probe fitted on the other games reads {read[0]} at the same token and "
+        f"layer, and {read[1]} over equal sentences: so much is there to be read."
+    )
+
+
+def fallen(report: Mapping[str, Any]) -> str:
+    """What did not survive, and what steering did, in words."""
+    found, steering = report["finding"], report["steering"]
+    gone = [name for name, stands in found["survives"].items() if not stands]
+    said = f"The direction does not survive: {', '.join(gone)}." if gone else "No control felled the direction."
+    before = steering["baseline"]
+    kept = [
+        run for run in steering["runs"] if run["trait"] == found["direction"]["trait"] and run["false_mean"] is not None
+    ]
+    kept = [run for run in kept if run["coherence_mean"] >= 77]
+    if not kept:
+        return f"{said} No steering run left the turns legal."
+    rise = {name: max(run[f"{name}_mean"] for run in kept) for name in ("false", "promised")}
+    fall = {name: min(run[f"{name}_mean"] for run in kept) for name in ("false", "promised")}
+    ranges = {name: f"between {fall[name]:.1f} % and {rise[name]:.1f} %" for name in rise}
+    error = 100 * (0.25 / max(before["n"], 1)) ** 0.5
+    return (
+        f"{said}\n\nSteering with it, at whatever layer and coefficient left 77 % of the turns legal or more, took "
+        f"the rate of false claims from {before['false_mean']:.1f} % to {ranges['false']}, and that of promises from "
+        f"{before['promised_mean']:.1f} % to {ranges['promised']}. With {before['n']} answers a run, a rate is known "
+        f"to about {error:.0f} points."
+    )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+BLOCKS: Mapping[str, Callable[[Mapping[str, Any]], Rows | str]] = {
+    "verdict": verdict,
+    "fallen": fallen,
+    "caveat": lambda report: report["finding"]["caveat"],
     "compared": lambda report: compared(report["finding"]),
     "readings": lambda report: readings(report["finding"]),
     "survives": lambda report: survives(report["finding"]),
@@ -122,11 +172,13 @@ BLOCKS = {
     "steered": steered,
     "differs": differs,
 }
-"""Name of a block in the document to its rows, the head first."""
+"""Name of a block in the document to its rows, the head first, or its words."""
 
 
-def markdown(rows: Rows) -> str:
-    """Return rows as a Markdown table."""
+def markdown(rows: Rows | str) -> str:
+    """Return rows as a Markdown table; words as they are."""
+    if isinstance(rows, str):
+        return rows
     head, *rest = rows
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rest))
 
