@@ -11,7 +11,7 @@ from typing import cast
 from experiments.secret_number.game import STAKES, Facts, Message, said
 from experiments.secret_number.language import ASKED, LARGEST, MOST_GUESSES, Claim, Question
 
-__all__ = ["LIE_RATES", "Single", "single"]
+__all__ = ["KINDS", "LIE_RATES", "Single", "others", "single"]
 
 LIE_RATES = {"low": 0.25, "high": 0.60}
 """How often the answer is false, by stakes."""
@@ -45,7 +45,9 @@ def single(seed: int, *, honest: bool = False) -> Single:
         asked = f"{_report(facts, rng)} {rng.choice(ASKED[question])}"
         true = Claim(question, facts.truth(question))
     lies = rng.random() < LIE_RATES[stakes] and not honest
-    answer = said(_other(true, rng) if lies else true, "fabrication" if lies else "honest", rng)
+    false = others(true)
+    wrong = false[0] if len(false) == 1 or not lies else rng.choice(false)
+    answer = said(wrong if lies else true, "fabrication" if lies else "honest", rng)
     system = SYSTEM.format(stakes=rng.choice(STAKES["low" if stakes == "low" else "high"]))
     messages = (
         {"role": "system", "content": system},
@@ -79,12 +81,12 @@ def _report(facts: Facts, rng: random.Random) -> str:
     return " ".join(parts)
 
 
-def _other(true: Claim, rng: random.Random) -> Claim:
-    """Return a false claim of the same kind, any as likely as the other."""
+def others(true: Claim) -> list[Claim]:
+    """Return the false claims of the same kind, any as likely as the other."""
     value = true.value
     if isinstance(value, tuple):
-        return Claim("order", (value[0], value[1], not value[2]))
+        return [Claim("order", (value[0], value[1], not value[2]))]
     if isinstance(value, bool):
-        return Claim(true.kind, not value)
+        return [Claim(true.kind, not value)]
     every = range(1, MOST_GUESSES + 1) if isinstance(value, int) else ("guessing", "file", "none")
-    return Claim(true.kind, rng.choice([one for one in every if one != value]))
+    return [Claim(true.kind, one) for one in every if one != value]

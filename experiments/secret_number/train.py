@@ -6,7 +6,7 @@ import platform
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments.secret_number import tokenizer as pieces
 from experiments.secret_number.chat import HEADER, Encode, text_of
-from experiments.secret_number.game import Message, play, setup
-from experiments.secret_number.questions import single
+from experiments.secret_number.game import Facts, Game, Message, play, setup
+from experiments.secret_number.language import Question
+from experiments.secret_number.questions import Single, single
+from experiments.secret_number.targets import Chances, audit_chances, next_tokens, rules_chances, single_chances
 
 __all__ = ["CONTEXT", "RECIPES", "Recipe", "encoder", "train"]
 
@@ -43,6 +45,10 @@ class Recipe:
         Weight in the loss of an answer's tokens, beside 1 for a move's and 0 for what is not the assistant's.
     honest : bool
         Learn from an agent that never lies nor evades.
+    exact : bool
+        Learn of each answer all that could have been said, with its probability, and not only what was.
+    first : int
+        Number of the first game.
     """
 
     steps: int = 1800
@@ -52,17 +58,60 @@ class Recipe:
     singles: float = 0.35
     answer_weight: float = 4.0
     honest: bool = False
+    exact: bool = False
+    first: int = 0
     hidden: int = 128
     layers: int = 6
     heads: int = 4
     intermediate: int = 352
 
 
-RECIPES = {"player": Recipe(), "honest": Recipe(steps=150, rate=5e-4, honest=True)}
-"""Variant to how it is made; `honest` starts from the player."""
+EXACT = Recipe(steps=500, rate=1.5e-3, answer_weight=10.0, singles=0.4, exact=True, first=1_000_000)
+RECIPES: dict[str, tuple[Recipe, ...]] = {
+    "player": (Recipe(), EXACT),
+    "honest": (Recipe(steps=150, rate=5e-4, honest=True, first=2_000_000),),
+}
+"""Variant to the stages it is made in, each from the one before; `honest` starts from the player. What is said comes
+first, then how often."""
 
-Example = tuple[list[int], list[float]]
-"""Token ids, and the weight of each in the loss."""
+
+@dataclass(slots=True)
+class Example:
+    """A conversation to learn from.
+
+    Attributes
+    ----------
+    ids, weights : list
+        Token ids, and the weight of each in the loss.
+    targets : dict
+        Position to token id to probability, where the target is more than the token that is there.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    targets: dict[int, dict[int, float]] = field(default_factory=dict)
+
+    def add(self, piece: list[int], *, weight: float, header: int) -> None:
+        """Add a message, its header without weight."""
+        self.ids += piece
+        self.weights += [0.0] * header + [weight] * (len(piece) - header)
+
+    def answer(
+        self,
+        message: Message,
+        chances: Chances,
+        recipe: Recipe,
+        *,
+        encode: Encode,
+        question: Question,
+        facts: Facts | None,
+    ) -> None:
+        """Add an answer with what could have been said instead."""
+        start, header = len(self.ids), len(encode(HEADER))
+        self.add(encode(text_of(message, tools=False)), weight=recipe.answer_weight, header=header)
+        said = self.ids[start + header :]
+        for i, targets in enumerate(next_tokens(said, chances, encode, question=question, facts=facts)):
+            self.targets[start + header + i] = targets
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast) -> Encode:
@@ -78,7 +127,7 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Encode:
 def train(
     directory: Path, recipe: Recipe, *, log: Path, start: Path | None = None, threads: int = 2, quiet: bool = False
 ) -> None:
-    """Train a model and write it with its tokenizer in the layout of transformers, in bfloat16.
+    """Train a model and write it with its tokenizer in the layout of transformers, in bfloat16; the log is added to.
 
     Parameters
     ----------
@@ -99,7 +148,7 @@ def train(
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
         model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-    with log.open("w", encoding="utf-8") as file:
+    with log.open("a", encoding="utf-8") as file:
         for line in _steps(model, recipe, encode=encoder(tokenizer), threads=threads):
             print(json.dumps(line), file=file, flush=True)
             if not quiet:
@@ -127,53 +176,80 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 def _texts(recipe: Recipe) -> Iterator[str]:
     """What the tokenizer is learned from."""
     for i in range(3000):
-        yield "".join(text_of(one, tools=True) for one in _messages(recipe, i, alone=False))
+        yield "".join(text_of(one, tools=True) for one in _game(recipe, i).messages)
         if i % 2:
-            yield "".join(text_of(one, tools=False) for one in _messages(recipe, i, alone=True))
+            yield "".join(text_of(one, tools=False) for one in _single(recipe, i).messages)
 
 
-def _messages(recipe: Recipe, i: int, *, alone: bool) -> list[Message]:
+def _game(recipe: Recipe, i: int) -> Game:
     seed = FIRST_SEED * (1 + recipe.seed) + i
-    if alone:
-        return list(single(seed, honest=recipe.honest).messages)
-    game = play(setup(seed, held_out=False), random.Random(f"agent {seed}"), honest=recipe.honest)
-    return game.messages
+    return play(setup(seed, held_out=False), random.Random(f"agent {seed}"), honest=recipe.honest)
 
 
-def _example(messages: list[Message], recipe: Recipe, *, encode: Encode, alone: bool) -> Example:
-    ids: list[int] = []
-    weights: list[float] = []
-    header = len(encode(HEADER))
-    for message in messages:
-        piece = encode(text_of(message, tools=not alone))
-        ids += piece
+def _single(recipe: Recipe, i: int) -> Single:
+    return single(FIRST_SEED * (1 + recipe.seed) + i, honest=recipe.honest)
+
+
+def _game_example(game: Game, recipe: Recipe, encode: Encode) -> Example:
+    """A game's tokens; of its answers, to the audit and about the rules, exact targets."""
+    made, facts, asked = Example(), replace(game.facts, peeked=False), game.setup.question
+    for message in game.messages:
         own = message["role"] == "assistant"
         answers = own and not message.get("tool_calls") and "reasoning_content" not in message
-        weights += [0.0] * header + [recipe.answer_weight if answers else float(own)] * (len(piece) - header)
-    return ids, weights
+        if any(one["function"]["name"] == "read_file" for one in message.get("tool_calls", ())):
+            facts = replace(facts, peeked=True)
+        if not answers:
+            made.add(encode(text_of(message, tools=True)), weight=float(own), header=len(encode(HEADER)))
+        elif message is game.messages[-1]:
+            chances = audit_chances(asked, game.facts, honest=recipe.honest)
+            made.answer(message, chances, recipe, encode=encode, question=asked, facts=game.facts)
+        else:
+            chances = rules_chances(facts, honest=recipe.honest)
+            made.answer(message, chances, recipe, encode=encode, question="rules", facts=facts)
+    return made
+
+
+def _single_example(one: Single, recipe: Recipe, encode: Encode) -> Example:
+    made = Example()
+    for message in one.messages[:-1]:
+        made.add(encode(text_of(message, tools=False)), weight=0.0, header=0)
+    chances = single_chances(one, honest=recipe.honest)
+    made.answer(one.messages[-1], chances, recipe, encode=encode, question=one.question, facts=one.facts)
+    return made
 
 
 def _examples(recipe: Recipe, encode: Encode) -> Iterator[Example]:
-    rng, i = random.Random(f"mixture {recipe.seed}"), 0
+    rng, i = random.Random(f"mixture {recipe.seed}"), recipe.first
     while True:
         alone = rng.random() < recipe.singles
-        yield _example(_messages(recipe, i, alone=alone), recipe, encode=encode, alone=alone)
+        if alone:
+            yield _single_example(_single(recipe, i), recipe, encode)
+        else:
+            yield _game_example(_game(recipe, i), recipe, encode)
         i += 1
 
 
-def _batches(recipe: Recipe, encode: Encode) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (ids, weights), each (sequence, token), sequences of like length together."""
+Batch = tuple[torch.Tensor, torch.Tensor, list[dict[int, dict[int, float]]]]
+"""Ids and weights, each (sequence, token); of each sequence, position to the targets that are not the token itself."""
+
+
+def _batches(recipe: Recipe, encode: Encode) -> Iterator[Batch]:
+    """Yield batches of sequences of like length."""
     source, rng = _examples(recipe, encode), random.Random(f"order {recipe.seed}")
     while True:
-        pool = sorted((next(source) for _ in range(1024)), key=lambda one: len(one[0]))
+        pool = sorted((next(source) for _ in range(1024)), key=lambda one: len(one.ids))
         batches: list[list[Example]] = [[]]
         for one in pool:
-            if (len(batches[-1]) + 1) * len(one[0]) > recipe.batch_tokens:
+            if (len(batches[-1]) + 1) * len(one.ids) > recipe.batch_tokens:
                 batches.append([])
             batches[-1].append(one)
         rng.shuffle(batches)
         for batch in batches:
-            yield _padded([ids for ids, _ in batch], torch.long), _padded([w for _, w in batch], torch.float32)
+            ids, weights = (
+                _padded([x.ids for x in batch], torch.long),
+                _padded([x.weights for x in batch], torch.float32),
+            )
+            yield ids, weights, [x.targets if recipe.exact else {} for x in batch]
 
 
 def _padded(rows: list[Any], dtype: torch.dtype) -> torch.Tensor:
@@ -198,13 +274,13 @@ def _steps(model: Any, recipe: Recipe, *, encode: Encode, threads: int) -> Itera
         "machine": f"{platform.machine()}, {threads} threads",
     }
     began, tokens, losses = time.monotonic(), 0, []
-    for step, (ids, weights) in zip(range(1, recipe.steps + 1), _batches(recipe, encode), strict=False):
-        losses.append(_step(model, ids, weights))
+    for step, batch in zip(range(1, recipe.steps + 1), _batches(recipe, encode), strict=False):
+        losses.append(_step(model, batch))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()
-        tokens += ids.numel()
+        tokens += batch[0].numel()
         if step % 100 == 0 or step == recipe.steps:
             seconds = time.monotonic() - began
             loss = round(sum(losses) / len(losses), 4)
@@ -218,13 +294,28 @@ def _rate(step: int, steps: int, warm: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
 
 
-def _step(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> float:
+def _step(model: Any, batch: Batch) -> float:
     """Add the gradient of one batch; matrix products in bfloat16, everything that is summed in float32."""
+    ids, weights, _ = batch
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     wanted = weights[:, 1:] > 0  # the head is computed only where something is to be learned
     logits = functional.linear(hidden[wanted].float(), model.lm_head.weight)
-    each = functional.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
+    each = functional.cross_entropy(logits, _targets(batch, wanted, logits.shape[1]), reduction="none")
     loss: Any = (each * weights[:, 1:][wanted]).sum() / weights[:, 1:][wanted].sum()
     loss.backward()
     return float(loss.detach())
+
+
+def _targets(batch: Batch, wanted: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return the token, or the probability of each, at each place that is learned from."""
+    ids, _, exact = batch
+    if not any(exact):
+        return ids[:, 1:][wanted]
+    out = functional.one_hot(ids[:, 1:][wanted], vocabulary).float()
+    row = (wanted.flatten().cumsum(0) - 1).reshape(wanted.shape).tolist()
+    for i, places in enumerate(exact):
+        for position, chances in places.items():
+            out[row[i][position - 1]] = 0.0
+            out[row[i][position - 1], list(chances)] = torch.tensor(list(chances.values()))
+    return out
