@@ -67,11 +67,10 @@ def test_audit_answers(game: Game) -> None:
 
 
 def test_answers_about_the_rules() -> None:
-    game = next(
-        one
-        for one in (Game(setup(seed)) for seed in range(99))
-        if one.step({"role": "assistant", "content": "", "tool_calls": [{"function": READ}]}) is None and one.waiting
-    )
+    games = [Game(setup(seed)) for seed in range(99)]
+    for one in games:
+        one.step({"role": "assistant", "content": "", "tool_calls": [{"function": READ}]})
+    game = next(one for one in games if one.waiting == "rules")
     rng = random.Random(2)
     texts = [teacher(game, rng)["content"] for _ in range(DRAWS)]
     assert compared(texts, rules_chances(game.facts, honest=False), question="rules", facts=game.facts) > 20
