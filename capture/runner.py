@@ -36,6 +36,11 @@ __all__ = ["Done", "Source", "Tick", "carry_out", "expected_bytes", "in_memory_p
 Source = Callable[[], tuple[nn.Module, ComponentTable]]
 """Gives the model and its components; called once, and only when something is left to compute."""
 
+MOST_ROWS = 4 << 30
+"""Bytes of rows of one rollout at which it is computed in pieces: all rows of a forward wait in host memory."""
+
+_LEAST_PIECE = 16
+
 _RATIO = {"bfloat16": 1.43, "float16": 1.2, "float32": 1.15, "float64": 1.1}
 """Compression to expect of a dtype, for estimates only."""
 
@@ -316,7 +321,19 @@ class _Filling:
         self._tell()
         with Staging() as staging:
             for batch in todo:
-                self._batch(model, table, batch, piece_tokens=pieces.get(batch.members[0]), staging=staging)
+                piece = pieces.get(batch.members[0]) or self._piece(batch)
+                self._batch(model, table, batch, piece_tokens=piece, staging=staging)
+
+    def _piece(self, batch: Batch) -> int | None:
+        """Tokens a piece of a rollout whose rows would be too many at once; written down for layers that come later."""
+        plan, name = self.writer.plan, batch.members[0]
+        row = sum(c.width * c.itemsize for c in plan.components) * len(plan.layers)
+        if len(batch.members) > 1 or plan.tokens(batch, name).size * row <= MOST_ROWS:
+            return None
+        piece = max(_LEAST_PIECE, MOST_ROWS // row)
+        self.writer.note("split", {"rollout_id": name, "from_token": 0, "piece_tokens": piece})
+        self.done.notes.append(f"rollout {name!r} has too many rows for one forward: pieces of {piece} tokens")
+        return piece
 
     def _batch(
         self, model: nn.Module, table: ComponentTable, batch: Batch, *, piece_tokens: int | None, staging: Staging

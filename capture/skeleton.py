@@ -108,7 +108,8 @@ def _fuse(model: Any, int4: Int4Layout, dtype: torch.dtype) -> None:
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "experts" and hasattr(module, "gate_up_proj")
     ]
-    if not found:
+    only_dense = config.num_hidden_layers <= (getattr(config, "first_k_dense_replace", None) or 0)
+    if not found and not only_dense:
         raise ModelError(
             f"the config speaks of INT4 experts, and {config.model_type} has none that are known; only models whose "
             "blocks keep experts in mlp.experts, as DeepSeek-V3 and Kimi-K2, are read packed"

@@ -67,6 +67,11 @@ def test_only_layers_that_run_are_read(saved: Path) -> None:
     assert same(rows_of(loaded.model, [1]), rows_of(kimi.plain_model(saved, n_layers=2), [1]), 2e-2)
 
 
+def test_dense_layers_alone_have_no_experts_to_pack(saved: Path) -> None:
+    loaded = load(describe(saved), device="cpu", layers=[0], cache=False)
+    assert same(rows_of(loaded.model, [0]), rows_of(kimi.plain_model(saved, n_layers=1), [0]), 1e-6)
+
+
 def edit(directory: Path, name: str, change: Any) -> None:
     for path in directory.glob("*.safetensors"):
         weights = load_file(path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +15,11 @@ import pytest
 import torch
 
 import capture
+from capture import runner
 from capture.errors import CaptureError, RequestError
 from capture.loading import Loaded, describe, load
 from capture.runner import Tick, carry_out
+from datastore.dtype import numpy_dtype, upcast
 from datastore.errors import ReadOnlyError
 from datastore.schema import Rollout
 from tests.capture import cli, stored, tiny
@@ -210,6 +213,35 @@ def test_a_rollout_split_for_memory_is_split_again_when_layers_are_added(loaded:
         take(loaded, grown, one)
     assert roomy.fitted == 2
     stored.assert_same(stored.rows(grown), stored.rows(whole))
+
+
+def test_a_rollout_with_too_many_rows_for_the_host_is_computed_in_pieces_from_the_outset(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, grown, one = tmp_path / "whole.zarr", tmp_path / "grown.zarr", made([80])
+    row = getattr(torch, loaded.dtype).itemsize * loaded.info.hidden * loaded.info.n_layers
+    monkeypatch.setattr(runner, "MOST_ROWS", 30 * row)
+    assert take(loaded, whole, one).notes == ["rollout 'r0' has too many rows for one forward: pieces of 30 tokens"]
+    assert take(loaded, grown, one, layers="0").notes == []
+    monkeypatch.setattr(runner, "MOST_ROWS", 1 << 40)
+    with Starved(loaded.model, 1000) as roomy:
+        take(loaded, tmp_path / "again.zarr", one)
+    assert roomy.fitted == 1
+    pieces, at_once = stored.rows(whole), stored.rows(tmp_path / "again.zarr")
+    for cell, bits in pieces.items():
+        a, b = (upcast(one.view(numpy_dtype(loaded.dtype))) for one in (bits, at_once[cell]))
+        assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b), cell
+
+
+def test_memory_is_logged_by_batch_where_asked_for(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    take(loaded, tmp_path / "quiet.zarr")
+    assert "memory after" not in capsys.readouterr().err
+    monkeypatch.setenv("GENERATION_MEMORY_LOG", "1")
+    take(loaded, tmp_path / "told.zarr")
+    batches = len(stored.attributes(tmp_path / "told.zarr", 1)["batches"])
+    assert len(re.findall(r"memory after \d+ rollouts from r\d+: host [\d.]+ .B", capsys.readouterr().err)) == batches
 
 
 # -- values that are not finite ----------------------------------------------------------------------------------------
