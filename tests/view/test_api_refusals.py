@@ -106,6 +106,9 @@ def test_too_much_is_refused_before_anything_is_read(tmp_path: Path) -> None:
             assert server.get("/slice", headers={"Accept": form}, rollout="alone").status == 413
         assert server.get("/rollouts/alone/tokens").status == 413
         assert server.get("/scores").status == 413
+        lost = server.get("/scores", rollout="run/4 ü", trait="lying", layers="1")
+        assert lost.status == 500, "a score that is lost is not a rollout without scores"
+        assert "is missing; what it holds is lost" in lost.detail
         # what is small enough is read, and what is broken said
         broken = server.get("/slice", rollout="alone", layers="1", stop=3, dims="0-3")
         assert broken.status == 500
