@@ -159,6 +159,16 @@ def tokens_of(one: Rollout) -> pd.DataFrame:
     )
 
 
+@pytest.mark.parametrize(
+    "positions", [slice(-5, None), slice(None, -3), slice(-7, -2), slice(2, -1, 2), slice(-9, None, 3), slice(-50, 4)]
+)
+def test_positions_count_from_either_end_of_each_rollout(store: Store, truth: Truth, positions: slice) -> None:
+    names = ["0", "1", "long"]
+    rows = store.select("residual", rollouts=names, layers=5, positions=positions)
+    expected = np.concatenate([truth.rows("residual", 5, name)[positions] for name in names])
+    np.testing.assert_array_equal(rows.values, expected)
+
+
 BOUND = st.none() | st.integers(-45, 45)
 SOME = {
     "segment": st.sampled_from(["prompt", "response", ["response", "prompt"]]),
