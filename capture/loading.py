@@ -97,7 +97,7 @@ def describe(
     name = str(directory or name_or_dir)
     config = _config(name, revision, trust_remote_code)
     text = config.get_text_config()
-    commit = _snapshot_commit(directory) if directory else getattr(config, "_commit_hash", None) or revision
+    commit = _snapshot_commit(directory or _hub_snapshot(name, revision)) or (None if directory else revision)
     return ModelInfo(
         name=name,
         directory=directory,
@@ -439,6 +439,12 @@ def _digest(files: Sequence[Path]) -> str | None:
 def _directory_id(directory: Path) -> str:
     cached = re.search(r"/models--(.+?)--(.+?)/snapshots/[^/]+$", str(directory))
     return f"{cached[1]}/{cached[2]}" if cached else directory.resolve().name
+
+
+def _hub_snapshot(name: str, revision: str | None) -> Path:
+    """Where the Hub's cache has the config that was just read; its path ends with the commit."""
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else Path()
 
 
 def _snapshot_commit(directory: Path) -> str | None:
