@@ -131,6 +131,7 @@ class Pair(View):
         curves = {_called(name, labels): aligned.values[i, :, one] for i, name in enumerate(names)}
         self.curves.plot.title.text = f"{table['direction'].iloc[one]}: {how.unit}"
         self.curves.draw(x, curves, texts=texts)
+        self.curves.look_at(*_around(fork, len(x)))
         chosen = picked(table, traits=state.traits, layer=state.layer_number)
         changes = {str(table["direction"].iloc[j]): aligned.values[1, :, j] - aligned.values[0, :, j] for j in chosen}
         self.difference.plot.title.text = f"{names[1]} less {names[0]}"
@@ -158,11 +159,16 @@ class Pair(View):
         found["text"] = [texts[int(at)] if pd.notna(at) else "" for at in found["moved_at"]]
         self.moves.value = found[list(MOVES)]
         moved = found.dropna(subset=["moved_at"])
-        said = "nothing moves beyond 3 SD"
+        said = "no trait moves beyond 2 SD"
         if len(moved):
             first = moved.iloc[0]
             said = f"{first['direction']} moves first, {int(first['tokens_after'])} tokens later"
         self._heading.object = f"<h2>They part at token {model.fork(two)}; {escape(said)}</h2>"
+
+
+def _around(fork: int, length: int) -> tuple[int, int]:
+    """What is looked at first: what follows the fork, and some of what is before it."""
+    return max(0, fork - max(30, length - fork)), length - 1
 
 
 def _called(name: str, labels: "dict[str, str]") -> str:

@@ -22,8 +22,7 @@ HONEST = ("honest", "truthful", "control", "baseline", "none", "false", "no", "0
 """Values of a label that stand for the side that others are compared with, best first."""
 SINK = 4
 """First tokens left out where a scale is taken: they dwarf all others in many models."""
-AHEAD = 5
-MOVED = 3.0
+MOVED = 2.0
 EVERY_PAIR = 8
 """Of families of at most so many rollouts all pairs are offered; of larger ones neighbours."""
 
@@ -93,9 +92,9 @@ def aligned_curves(scores: xr.Dataset, values: xr.DataArray, rollouts: Sequence[
 def first_moves(aligned: xr.DataArray, *, threshold: float = MOVED) -> pd.DataFrame:
     """Say for every direction where the second rollout first leaves the first one, after the fork.
 
-    A direction has moved from the first token at which the difference, and its mean over this and the next four tokens,
-    are beyond `threshold` standard deviations of the first rollout over the shared prefix (its first four tokens left
-    out, the whole rollout taken where the prefix is shorter than eight).
+    A direction has moved from the first of two tokens in a row at which the difference is, on the same side, beyond
+    `threshold` standard deviations of the first rollout over the shared prefix (its first four tokens left out, the
+    whole rollout taken where the prefix is shorter than eight).
 
     Parameters
     ----------
@@ -132,12 +131,8 @@ def _largest_last(column: "pd.Series[float]") -> "pd.Series[float]":
 
 
 def _moved(values: Float, threshold: float) -> int | None:
-    if not len(values):
-        return None
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    stops = np.minimum(np.arange(len(values)) + AHEAD, len(values))
-    means = (total[stops] - total[:-1]) / (stops - np.arange(len(values)))
-    moved = np.flatnonzero((np.abs(means) > threshold) & (np.abs(values) > threshold) & (means * values > 0))
+    beyond = np.abs(values) > threshold
+    moved = np.flatnonzero(beyond[:-1] & beyond[1:] & (values[:-1] * values[1:] > 0))
     return int(moved[0]) if len(moved) else None
 
 

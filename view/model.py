@@ -88,8 +88,9 @@ class Model:
         """Names of the labels, those that divide the rollouts in few groups first."""
         fixed = ("n_tokens", "prompt_end", "tags", "token_sha256")
         names = [str(name) for name in self.rollouts.columns if name not in fixed]
-        counts = {name: self.rollouts[name].nunique() for name in names}
-        groups = sorted((n for n in names if 2 <= counts[n] <= 12), key=lambda n: (n != "label", n == "prompt_set"))
+        values = {name: {str(value).lower() for value in self.rollouts[name].unique()} for name in names}
+        few = [name for name in names if 2 <= len(values[name]) <= 12]
+        groups = sorted(few, key=lambda n: ("honest" not in values[n], n != "label", n == "prompt_set"))
         return groups + [n for n in names if n not in groups]
 
     def groups(self, label: str) -> dict[str, str]:

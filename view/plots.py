@@ -96,7 +96,7 @@ def robust_range(values: ArrayLike, *, skip: int = SINK) -> tuple[float, float]:
 
 
 def thin(x: Floats, y: Floats, *, between: tuple[float, float], most: int = MOST_POINTS) -> NDArray[np.int64]:
-    """Return the places of the points that show a curve: all of a short part, else each run's smallest and largest.
+    """Return the points that show a curve: all of a short curve or part, else each run's smallest and largest.
 
     Parameters
     ----------
@@ -107,6 +107,8 @@ def thin(x: Floats, y: Floats, *, between: tuple[float, float], most: int = MOST
     most : int
         Points at most.
     """
+    if len(x) <= most:
+        return np.arange(len(x))
     first = max(0, int(np.searchsorted(x, between[0])) - 1)
     last = min(len(x), int(np.searchsorted(x, between[1], side="right")) + 1)
     if last - first <= most:
@@ -328,6 +330,11 @@ class Lines(_Plot):
         if [item.label.value for item in self.legend.items] != list(names):
             items = zip(names, self._lines, strict=False)
             self.legend.items = [LegendItem(label=name, renderers=[line]) for name, line in items]
+
+    def look_at(self, start: float, end: float) -> None:
+        """Show this part of the curves first; the reset button shows all."""
+        self.plot.x_range.update(start=start, end=end)
+        self._send(start, end)
 
     def show_bands(self, bands: Sequence[tuple[float, float, str, float, str]]) -> None:
         """Shade ranges of x: (from, to, colour, opacity, label)."""
