@@ -92,7 +92,7 @@ def _layers(axes: "Axes", found: dict[str, Any]) -> None:
     axes.axhline(0.5, color="grey", linewidth=0.8)
     axes.set_xticks([row["layer"] for row in rows])
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("layer (each with its own direction; the grey one was chosen by steering)")
+    axes.set_xlabel("layer (each with its own direction; the grey one was chosen by its fit)")
     axes.set_ylabel("AUROC, false over true")
     axes.legend(fontsize=7, loc="lower right")
 

@@ -1,10 +1,12 @@
 """Every number of the report, from the model on: the commands a person would type, run one after the other."""
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def make(out: Path, *, games: int, steered: int, write: bool = False) -> dict[st
     Parameters
     ----------
     out : Path
-        Emptied first.
+        What an interrupted run with the same model and sizes has left there is used; all else in it is deleted.
     games, steered : int
         Held-out games to measure on, and to play for each steering run.
     write : bool
@@ -45,34 +47,51 @@ def make(out: Path, *, games: int, steered: int, write: bool = False) -> dict[st
     DatastoreError
         One of the commands failed; its own message stands above.
     """
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    model, held = DATA / MODELS["player"], out / "games"
+    _begin(out, games=games, steered=steered)
+    held, made = out / "games", ["--vectors", out / "extraction", "--steering", out / "steering"]
     questions, stores = out / "questions.zarr", {"finding": out / "games.zarr", "bundled": out / "bundled.zarr"}
     _captured(questions, experiment=DATA, prompt_set=QUESTION_SET)
-    report: dict[str, Any] = {
-        "games": games,
-        "steered_games": steered,
-        "fitted": _fitted(questions, out / "extraction"),
-    }
+    report: dict[str, Any] = {"games": games, "steered_games": steered}
+    report["fitted"] = _kept(out, "fitted", lambda: _fitted(questions, out / "extraction"))
     steer = ["--learned-on", questions, "--vectors", out / "extraction", "--out", out / "steering", "--json"]
-    report["steering"] = _answer("experiments.secret_number", "steer", *steer, *STEERED, "--games", steered)
-    _run("experiments.secret_number", "play", "--out", held, "--games", games, "--model", model)
+    steer += [*STEERED, "--games", steered]
+    report["steering"] = _kept(out, "steering", lambda: _answer("experiments.secret_number", "steer", *steer))
+    report["steering"].pop("files", None)
+    if not held.exists():
+        _run("experiments.secret_number", "play", "--out", held, "--games", games, "--model", DATA / MODELS["player"])
     _captured(stores["finding"], experiment=held, prompt_set=AUDIT)
     _captured(stores["bundled"], experiment=DATA, prompt_set=AUDIT)
-    learned = ["--learned-on", questions, "--vectors", out / "extraction", "--steering", out / "steering", "--json"]
-    for name, store in stores.items():
-        plot = ["--plot", out / FIGURE] if name == "finding" else []
-        report[name] = _answer("experiments.secret_number", "finding", store, *learned, *plot)
-    report["steering"].pop("files")
-    layer = report["finding"]["direction"]["layer"]
-    probe = ["--method", "probe", "--layers", layer]
-    report["probe"] = _answer("experiments.secret_number", "finding", stores["finding"], *learned, *probe)
-    report["model_diff"] = _model_diff(out, held, stores["finding"], layer=layer)
+    learned = ["--learned-on", questions, *made, "--json"]
+    asked: dict[str, list[object]] = {
+        "finding": [stores["finding"], *learned, "--plot", out / FIGURE],
+        "bundled": [stores["bundled"], *learned],
+        "probe": [stores["finding"], *learned, "--method", "probe"],
+    }
+    for name, words in asked.items():
+        report[name] = _answer("experiments.secret_number", "finding", *words)
+    report["model_diff"] = _model_diff(out, held, stores["finding"], layer=report["finding"]["direction"]["layer"])
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if write:
         _write(out, report)
     return report
+
+
+def _begin(out: Path, *, games: int, steered: int) -> None:
+    """Go on in a directory that was begun with the same model and sizes; empty any other."""
+    weights = hashlib.sha256((DATA / MODELS["player"] / "model.safetensors").read_bytes()).hexdigest()
+    inputs, file = {"model_sha256": weights, "games": games, "steered": steered}, out / "inputs.json"
+    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")) != inputs:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(inputs) + "\n", encoding="utf-8")
+
+
+def _kept(out: Path, name: str, make: Callable[[], Any]) -> Any:
+    """Return what an earlier run has left, or make it; what takes minutes is not made twice."""
+    file = out / f"{name}.json"
+    if not file.is_file():
+        file.write_text(json.dumps(make(), indent=1) + "\n", encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _captured(store: Path, *, experiment: Path, prompt_set: str, variant: str | None = None) -> None:
