@@ -179,6 +179,14 @@ def test_any_cut_of_the_data_gives_the_same(
         )
 
 
+def test_a_captures_sum_that_does_not_tell_what_counts_apart(tmp_path: Path) -> None:
+    """Of a rollout without a response the prompt counts, and the capture keeps one sum of all its prompts."""
+    rows, ends = random_rows(6, LENGTHS, LAYERS), ends_of(LENGTHS, ENDS)
+    found = calibrate.fit(build(tmp_path / "a.zarr", {"residual": rows}, ends, level="capture"))
+    assert (found.sources["mean"], found.sources["norm"]) == ("pass", "statistics")
+    assert_same(calibrate.fit(build(tmp_path / "b.zarr", {"residual": rows}, ends)), found)
+
+
 def test_an_array_gives_what_its_store_gives(tmp_path: Path) -> None:
     rows, ends = random_rows(3, LENGTHS, LAYERS), ends_of(LENGTHS, ENDS)
     store = build(tmp_path / "run.zarr", {"residual": rows}, ends)
@@ -225,8 +233,12 @@ def test_it_says_what_took_a_pass(
         ends_of(lengths, (3, 3, 1, 8)),
         level=level,
     )
+    plain = build(
+        tmp_path / "plain.zarr", {"residual": random_rows(5, lengths, LAYERS)}, ends_of(lengths, (3, 3, 1, 8))
+    )
     seen: list[int] = []
     found = calibrate.fit(store, rollouts=rollouts, tick=seen.append)
+    assert_same(calibrate.fit(plain, rollouts=rollouts), found, but=("component_norm",))
     assert {found.sources[name] for name in ("mean", "max_abs", "cv", "top_dims", "consecutive_cosine")} == {total}
     assert {found.sources[name] for name in ("alignment", "mean_alignment", "rollout_dims")} == {rows}
     assert {found.sources[name] for name in ("norm", "norm_quantiles")} == {norms}
