@@ -91,7 +91,7 @@ bench-project: setup
 bench-calibrate: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.calibrate $(BENCH_ARGS)
 
-# 88 GB by hard links: it takes minutes, and is no part of `make bench`.
+# 88 GB, most of it hard links to 31 GB on the disk: it takes minutes, and is no part of `make bench`.
 bench-scale: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.scale $(BENCH_ARGS)
 
