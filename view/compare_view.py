@@ -159,7 +159,7 @@ class Pair(View):
         found["text"] = [texts[int(at)] if pd.notna(at) else "" for at in found["moved_at"]]
         self.moves.value = found[list(MOVES)]
         moved = found.dropna(subset=["moved_at"])
-        said = "no trait moves beyond 2 SD"
+        said = "no trait moves beyond 3 SD"
         if len(moved):
             first = moved.iloc[0]
             said = f"{first['direction']} moves first, {int(first['tokens_after'])} tokens later"

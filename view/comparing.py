@@ -22,7 +22,7 @@ HONEST = ("honest", "truthful", "control", "baseline", "none", "false", "no", "0
 """Values of a label that stand for the side that others are compared with, best first."""
 SINK = 4
 """First tokens left out where a scale is taken: they dwarf all others in many models."""
-MOVED = 2.0
+MOVED = 3.0
 EVERY_PAIR = 8
 """Of families of at most so many rollouts all pairs are offered; of larger ones neighbours."""
 
