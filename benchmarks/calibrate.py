@@ -63,24 +63,21 @@ def bench(root: Path, data: Data) -> list[Row]:
     save_pt(root / "pt", data)
     store = datastore.open(root / "run.zarr")
     wanted = directions(22)
-
-    def project() -> None:
-        scores(store, wanted, out=root / "scores.zarr")
-
-    def clear() -> None:
-        shutil.rmtree(root / "scores.zarr", ignore_errors=True)
-
     seconds = alternate(
         {
             "statistics": lambda: calibrate.fit(store, passes=False),
             "pt": lambda: calibrate_pt(root / "pt"),
             "pass": lambda: calibrate.fit(store, layers=LAYER),
-            "projection": project,
+            "projection": lambda: scores(store, wanted, out=root / "scores.zarr"),
         },
         rounds=ROUNDS,
-        before=clear,
+        before=lambda: shutil.rmtree(root / "scores.zarr", ignore_errors=True),
     )
-    rate = {name: data.layer_bytes / one / 1e9 for name, one in seconds.items()}
+    return _rows(seconds, layer_bytes=data.layer_bytes)
+
+
+def _rows(seconds: dict[str, float], *, layer_bytes: int) -> list[Row]:
+    rate = {name: layer_bytes / one / 1e9 for name, one in seconds.items()}
     return [
         Row(
             what=f"calibration of {len(LAYERS)} layers from the statistics",

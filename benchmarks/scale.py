@@ -94,6 +94,31 @@ def timed(what: str, gigabytes: float, work: Callable[[], int]) -> dict[str, obj
     return {"what": what, "GB": gigabytes, **rates, "peak_GB": peak / 1e9, "seconds": seconds, "core seconds": cores}
 
 
+def measured(root: Path, *, tokens: int, distinct: float) -> list[dict[str, object]]:
+    """Build the store, unless it is there, and run the commands on it, its files cold."""
+    store = root / "run.zarr"
+    rows: list[dict[str, object]] = []
+    layer = tokens * WIDTH * 2 / 1e9
+    if not any((store / "captures").glob("[0-9]*")):
+        began = time.perf_counter()
+        build(store, tokens=tokens, distinct=distinct)
+        storage.sync_files(root)  # a result waits for everything that is not on the disk yet
+        rows.append({"what": "build", "GB": layer * len(LAYERS), "seconds": time.perf_counter() - began})
+    vectors = vectors_file(root)
+    array = store / "captures" / "0001" / "residual"
+    memory = ("--memory", "1GB")
+    chill([array])
+    whole = partial(peak_rss, "calibrate", str(store), *memory, every=0.2)
+    rows.append(timed("calibrate 9 layers", layer * len(LAYERS), whole))
+    for layers in (SCORED, LAYERS):
+        chill([array])
+        out = ("--out", str(root / f"scores{len(layers)}.zarr"))
+        words = (str(store), "--vectors", str(vectors), "--layers", ",".join(map(str, layers)), *memory, *out)
+        what = f"project {TRAITS} traits on each of {len(layers)} layers"
+        rows.append(timed(what, layer * len(layers), partial(peak_rss, "project", *words, every=0.2)))
+    return [*rows, {"what": "stored, links counted each time", "GB": size_of(array) / 1e9}]
+
+
 def main() -> None:
     """Build, calibrate, project all rollouts."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -106,33 +131,7 @@ def main() -> None:
         asked.keep.mkdir(parents=True, exist_ok=True)
     place = nullcontext(asked.keep) if asked.keep is not None else tempfile.TemporaryDirectory(prefix="bench-scale-")
     with place as directory:
-        root = Path(str(directory))
-        store = root / "run.zarr"
-        rows: list[dict[str, object]] = []
-        layer = asked.tokens * WIDTH * 2 / 1e9
-        if not store.exists() or not any((store / "captures").glob("[0-9]*")):
-            began = time.perf_counter()
-            build(store, tokens=asked.tokens, distinct=asked.distinct)
-            storage.sync_files(root)  # a result waits for everything that is not on the disk yet
-            rows.append({"what": "build", "GB": layer * len(LAYERS), "seconds": time.perf_counter() - began})
-        vectors = vectors_file(root)
-        array = store / "captures" / "0001" / "residual"
-        chill([array])
-        memory = ("--memory", "1GB")
-        rows.append(
-            timed(
-                "calibrate 9 layers",
-                layer * len(LAYERS),
-                partial(peak_rss, "calibrate", str(store), *memory, every=0.2),
-            )
-        )
-        for layers in (SCORED, LAYERS):
-            chill([array])
-            out = ("--out", str(root / f"scores{len(layers)}.zarr"))
-            words = (str(store), "--vectors", str(vectors), "--layers", ",".join(map(str, layers)), *memory, *out)
-            what = f"project {TRAITS} traits on each of {len(layers)} layers"
-            rows.append(timed(what, layer * len(layers), partial(peak_rss, "project", *words, every=0.2)))
-        rows.append({"what": "stored, links counted each time", "GB": size_of(array) / 1e9})
+        rows = measured(Path(str(directory)), tokens=asked.tokens, distinct=asked.distinct)
     if asked.json:
         console.emit_json({"rows": rows})
         return
