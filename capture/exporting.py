@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from capture.errors import RequestError
 from datastore import storage
 from datastore.query import Store
+from datastore.tables import token_texts
 from datastore.writebehind import WriteBehind
 from experiments.rawfile import whole
 from experiments.rawfiles import write_raw
@@ -156,7 +157,9 @@ def carry_out(
             record = record_of(store, one.rollout_id, spans.get(one.rollout_id), stem=one.path.stem)
             one.path.parent.mkdir(parents=True, exist_ok=True)
             if one.response is not None:
+                record, left_out = _with_prompt(store, one.rollout_id, record)
                 kept += not _write_new(one.response, record)
+                record["left_out"] = left_out
             write_raw(one.path, reading[number].result(), record, overwrite=overwrite)
             reading[number] = Future()  # its rows are not held any longer
             behind.push(os.open(one.path, os.O_RDONLY))
@@ -165,6 +168,33 @@ def carry_out(
         _write_new(directory / "config.json", _config(store, variant))
     storage.sync_files(directory)
     return kept
+
+
+def _with_prompt(store: Store, rollout_id: str, record: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Return a record with the prompt before its tokens, where only the response has rows, and the prompt's tokens.
+
+    Places in it count from the prompt's first token, as in the files of a whole rollout.
+    """
+    place = int(store.cells.newest[store.cells.index[rollout_id]])
+    before = store.cells.captures[place].prefix(rollout_id)
+    n = len(before)
+    if not n or record["prompt_end"]:
+        return dict(record), 0
+    text = [one or "" for one in token_texts(store.cells, place, before)]
+    moved = {"prompt": "".join(text), "tokens": [*text, *record["tokens"]], "prompt_end": n}
+    moved["token_ids"] = [*before.tolist(), *record["token_ids"]]
+    for name in ("turn_boundaries", "annotations"):
+        if name in record:
+            moved[name] = [_later(one, n) for one in record[name]]
+    return {**record, **moved}, n
+
+
+def _later(span: Mapping[str, Any], n: int) -> dict[str, Any]:
+    places = ("token_start", "token_end", "thinking_start", "thinking_end")
+    moved = {name: span[name] + n for name in places if name in span}
+    if "thinking_ranges" in span:
+        moved["thinking_ranges"] = [(a + n, b + n) for a, b in span["thinking_ranges"]]
+    return {**span, **moved}
 
 
 def _values(store: Store, one: Export) -> dict[tuple[str, int], NDArray[Any]]:

@@ -74,15 +74,20 @@ def read(path: Path) -> RawFile:
 
 
 def write(path: Path, arrays: Mapping[tuple[str, int], NDArray[Any]], record: Mapping[str, Any]) -> None:
-    """Write a `.pt` file in which every tensor owns its own rows and nothing else; see `write_raw`."""
+    """Write a `.pt` file in which every tensor owns its own rows and nothing else; see `write_raw`.
+
+    Of the first `left_out` tokens of the record there are no rows: those of the prompt, where only responses were kept.
+    """
     import torch  # seconds to load, and only this form needs it
 
-    cut, n = record["prompt_end"], len(record["token_ids"])
+    cut, n, left_out = record["prompt_end"], len(record["token_ids"]), record.get("left_out", 0)
     parts: dict[str, dict[str, Any]] = {}
     for part, (start, stop) in zip(PARTS, ((0, cut), (cut, n)), strict=True):
         activations: dict[int, dict[str, Any]] = {}
         for (component, layer), values in sorted(arrays.items(), key=lambda item: (item[0][1], item[0][0])):
-            activations.setdefault(layer, {})[component] = _tensor(values[start:stop])
+            if stop > left_out or not left_out:  # else the part has tokens and no rows
+                rows = values[max(start - left_out, 0) : max(stop - left_out, 0)]
+                activations.setdefault(layer, {})[component] = _tensor(rows)
         parts[part] = {
             "text": record.get(part) or "",
             "tokens": list(record["tokens"][start:stop]),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import datastore
 from datastore.schema import Rollout
@@ -91,3 +92,29 @@ def test_a_prefix_is_part_of_what_a_rollout_is() -> None:
     assert len({one.token_sha256 for one in (whole, cut, other)}) == 3
     assert cut.token_sha256 == f"{whole.token_sha256}+4"
     assert all(np.array_equal(one.computed_ids, ids) for one in (whole, cut, other))
+
+
+def test_exported_files_have_the_prompt_that_has_no_rows(command: Command, tmp_path: Path, source: Path) -> None:
+    """The users' form of such a file: ids and text of the prompt, no activations of it; import takes it back."""
+    part, out, again = tmp_path / "part.zarr", tmp_path / "out", tmp_path / "again.zarr"
+    assert command("--store", part, "--input", source, *COMMON, "--response-only").code == 0
+    assert command("export", part, out).code == 0
+    tree, rows, store = out / "inference/exported", stored.rows(part), datastore.open(part)
+    for record in map(json.loads, source.read_text().splitlines()):
+        name, cut = record["id"], record["prompt_end"]
+        file = torch.load(tree / f"raw/residual/exported/{name}.pt", weights_only=True)
+        assert file["prompt"]["token_ids"] + file["response"]["token_ids"] == record["token_ids"]
+        assert (len(file["prompt"]["tokens"]), file["prompt"]["activations"]) == (cut, {})
+        states = file["response"]["activations"][2]["residual"]
+        assert np.array_equal(states.view(torch.uint16).numpy(), rows["residual", 2, name])
+        response = json.loads((tree / f"responses/exported/{name}.json").read_text())
+        assert (response["token_ids"], response["prompt_end"]) == (record["token_ids"], cut)
+        assert response["annotations"] == [{"token_start": cut, "token_end": cut + 4, "label": "odd"}]
+    assert command("import", out, "--store", again).code == 0
+    assert {key: rows.tobytes() for key, rows in stored.rows(again).items()} == {
+        k: v.tobytes() for k, v in rows.items()
+    }
+    back = datastore.open(again)
+    columns = ["token_start", "token_end", "label"]
+    assert back.annotations[columns].values.tolist() == store.annotations[columns].values.tolist()
+    assert set(back.rollouts["prompt_tokens_left_out"]) == {10, 20, 5, 30, 15}
