@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import panel as pn
+import xarray as xr
 
 from datastore.errors import AbsentError
 from view import comparing
@@ -122,7 +123,10 @@ class Pair(View):
             return
         fork = model.fork(names)
         how = state.treatment
-        aligned = comparing.aligned_curves(model.scores(names), model.treated(names, how), names, fork=fork)
+        aligned = comparing.smoothed_apart(self._unsmoothed(names, fork=fork), how.smooth)
+        if how.velocity:
+            before = np.full_like(aligned.values[:, :1], np.nan)
+            aligned = aligned.copy(data=np.concatenate([before, np.diff(aligned.values, axis=1)], axis=1))
         one, table = self.page.column(), model.directions
         x = aligned.position.values
         texts = texts_of(model, names[0])
@@ -138,8 +142,13 @@ class Pair(View):
         self.difference.draw(x, changes, texts=texts)
         for plot in (self.curves, self.difference):
             plot.show_fork(fork - 0.5)
-        self._show_moves(names, fork)
+        self._show_moves(names)
         self.texts.object = _side_by_side(model, names[:2], fork=fork)
+
+    def _unsmoothed(self, names: tuple[str, ...], *, fork: int) -> xr.DataArray:
+        model, state = self.model, self.state
+        how = Treatment(mode=state.mode, clean=state.clean, centred=state.centred, smooth=1)
+        return comparing.aligned_curves(model.scores(names), model.treated(names, how), names, fork=fork)
 
     def _clear(self, why: str) -> None:
         for plot in (self.curves, self.difference):
@@ -149,20 +158,23 @@ class Pair(View):
         self._heading.object = f"<h2>{escape(why or 'Choose a pair, or name rollouts to compare with')}</h2>"
         self.texts.object = ""
 
-    def _show_moves(self, names: tuple[str, ...], fork: int) -> None:
-        model, state = self.model, self.state
-        how = Treatment(mode=state.mode, clean=state.clean, centred=state.centred, smooth=1)
-        two = names[:2]
-        aligned = comparing.aligned_curves(model.scores(names), model.treated(names, how), two, fork=model.fork(two))
-        found = comparing.first_moves(aligned)
+    def _show_moves(self, names: tuple[str, ...]) -> None:
+        model, two = self.model, names[:2]
+        aligned = self._unsmoothed(two, fork=model.fork(two))
+        for threshold in comparing.MOVED:
+            found = comparing.first_moves(aligned, threshold=threshold)
+            if found["moved_at"].notna().any():
+                break
         texts = texts_of(model, two[1])
         found["text"] = [texts[int(at)] if pd.notna(at) else "" for at in found["moved_at"]]
         self.moves.value = found[list(MOVES)]
         moved = found.dropna(subset=["moved_at"])
-        said = "no trait moves beyond 3 SD"
+        said = f"no trait moves beyond {threshold:g} SD"
         if len(moved):
             first = moved.iloc[0]
-            said = f"{first['direction']} moves first, {int(first['tokens_after'])} tokens later"
+            said = (
+                f"{first['direction']} moves first, {int(first['tokens_after'])} tokens later, beyond {threshold:g} SD"
+            )
         self._heading.object = f"<h2>They part at token {model.fork(two)}; {escape(said)}</h2>"
 
 

@@ -10,19 +10,30 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from datastore.query import Store
-from project import groups
+from project import groups, scoring
 from project.derive import runs_of_rollouts
 from project.groups import Family
 from project.statistics import auroc, bootstrap_difference, bootstrap_mean, effect_size
 
-__all__ = ["aligned_curves", "around_forks", "effects", "first_moves", "fork_of", "pairs", "reference_of"]
+__all__ = [
+    "MOVED",
+    "aligned_curves",
+    "around_forks",
+    "effects",
+    "first_moves",
+    "fork_of",
+    "pairs",
+    "reference_of",
+    "smoothed_apart",
+]
 
 Float = NDArray[np.floating]
 HONEST = ("honest", "truthful", "control", "baseline", "none", "false", "no", "0", "0.0")
 """Values of a label that stand for the side that others are compared with, best first."""
 SINK = 4
 """First tokens left out where a scale is taken: they dwarf all others in many models."""
-MOVED = 3.0
+MOVED = (3.0, 2.0, 1.0)
+"""Standard deviations: the first that any direction goes beyond is what is said."""
 EVERY_PAIR = 8
 """Of families of at most so many rollouts all pairs are offered; of larger ones neighbours."""
 
@@ -86,10 +97,22 @@ def fork_of(store: Store, rollouts: Sequence[str]) -> int:
 def aligned_curves(scores: xr.Dataset, values: xr.DataArray, rollouts: Sequence[str], *, fork: int) -> xr.DataArray:
     """Return treated values of some rollouts side by side, (rollout, position, direction), NaN beyond their ends."""
     family = Family(tuple(dict.fromkeys(rollouts)), fork)
-    return groups.aligned(scores.assign(score=scores.score.copy(data=values.values)), family)
+    found = groups.aligned(scores.assign(score=scores.score.copy(data=values.values)), family)
+    lengths = {name: run.stop - run.start for name, run in runs_of_rollouts(scores)}
+    return found.assign_attrs(lengths=lengths)
 
 
-def first_moves(aligned: xr.DataArray, *, threshold: float = MOVED) -> pd.DataFrame:
+def smoothed_apart(aligned: xr.DataArray, window: int) -> xr.DataArray:
+    """Smooth what is before the fork and what is after it by themselves, so that the curves part at the fork."""
+    fork, out = int(aligned.attrs["fork"]), aligned.values.copy()
+    for row, name in enumerate(aligned.rollout.values):
+        length = int(aligned.attrs["lengths"][str(name)])
+        for side in (slice(0, fork), slice(fork, length)):
+            out[row, side] = scoring.smooth(out[row, side], window)
+    return aligned.copy(data=out)
+
+
+def first_moves(aligned: xr.DataArray, *, threshold: float = MOVED[0]) -> pd.DataFrame:
     """Say for every direction where the second rollout first leaves the first one, after the fork.
 
     A direction has moved from the first of two tokens in a row at which the difference is, on the same side, beyond

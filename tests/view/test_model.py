@@ -104,6 +104,17 @@ def test_a_lie_is_found_where_it_was_planted(model: Model) -> None:
         assert moved.index[0].startswith("bs/lying")
 
 
+def test_what_is_before_a_fork_and_after_it_is_smoothed_by_itself(model: Model) -> None:
+    names = ("g0-honest", "g0-lie")
+    values = model.treated(names, Treatment(smooth=1))
+    aligned = comparing.aligned_curves(model.scores(names), values, names, fork=stores.FORK)
+    found = comparing.smoothed_apart(aligned, 5).sel(direction="bs/lying@4").values
+    np.testing.assert_array_equal(found[0, : stores.FORK], found[1, : stores.FORK])
+    curve = oracle.drawn(model.store, "g0-lie", "bs/lying@4", smooth=1)
+    wanted = [curve[max(stores.FORK, i - 2) : i + 3].mean() for i in range(stores.FORK, len(curve))]
+    np.testing.assert_allclose(found[1, stores.FORK :], wanted, rtol=1e-5)
+
+
 def test_a_move_is_two_tokens_in_a_row_on_one_side() -> None:
     still = np.tile([1.0, -1.0], 20)  # spread 1 over the shared prefix
     second = still.copy()
