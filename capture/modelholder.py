@@ -38,6 +38,7 @@ class Setup:
     trust_remote_code: bool
     adapter: str | None = None
     quantize: str | None = None
+    expert_workspace: int = 2 << 30
 
 
 class ModelHolder:

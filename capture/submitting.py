@@ -63,6 +63,9 @@ def serve(
     quantize: Annotated[
         str | None, typer.Option("--quantize", metavar="8bit|4bit", help="Quantise with bitsandbytes while loading.")
     ] = None,
+    expert_workspace: Annotated[
+        str, typer.Option("--expert-workspace", metavar="SIZE", help="Memory to multiply INT4 experts out in.")
+    ] = "2GiB",
     layers: Annotated[
         str | None, typer.Option("--layers", metavar="SPEC", help="Load no layer above these; default all.")
     ] = None,
@@ -111,6 +114,7 @@ def serve(
             trust_remote_code=trust_remote_code,
             adapter=adapter,
             quantize=quantize,
+            expert_workspace=console.parse_bytes(expert_workspace),
         ),
         roots=Roots(experiments=trees, stores=stores, models=models_root.resolve() if models_root else None),
         tasks=tasks or stores / f".capture-tasks-{sock.getsockname()[1]}.sqlite",

@@ -23,9 +23,11 @@ import torch
 from torch import nn
 
 from capture import cache, loading
+from capture.budgeting import with_budget
 from capture.components import ComponentTable, describe_components, find_components
 from capture.errors import CacheError, ModelError, RequestError
 from capture.experiment_source import read_tree
+from capture.experts import set_workspace
 from capture.layerspec import parse_layers
 from capture.loaders import build_cache, wanted_cache
 from capture.loading import Loaded
@@ -142,6 +144,7 @@ class _Worker:
             layers=parse_layers(setup["layers"] or "all", info.n_layers),
             attn_implementation=self._identity["attn_implementation"],
         )
+        set_workspace(loaded.model, setup["expert_workspace"])
         table = find_components(loaded.model)
         # Every module inside the blocks, for one block of a large batch may take seconds.
         for module in loaded.model.get_submodule(table.blocks).modules():
@@ -165,7 +168,7 @@ class _Worker:
         loaded, table = self._ready()
         request = self._request(asked, loaded)
         provenance = provenance_of(request, identity=self._identity)
-        plans = plans_of(request, provenance)
+        plans = plans_of(with_budget(request, provenance, lambda: (loaded.model, table)), provenance)
         planned = {one.rollout_id for plan in plans for one in plan.rollouts}
         say(
             {
