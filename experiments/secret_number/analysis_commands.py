@@ -220,8 +220,8 @@ def _fitted_best(entries: "Sequence[DirectionEntry]", trait: str, method: str) -
 def report(
     *,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything is made.")],
-    games: Annotated[int, typer.Option("--games", min=1, help="Held-out games to measure on.")] = 300,
-    steered: Annotated[int, typer.Option("--steered", min=1, help="Held-out games of each steering run.")] = 64,
+    games: Annotated[int, typer.Option("--games", min=1, help="Held-out games to measure on.")] = 200,
+    steered: Annotated[int, typer.Option("--steered", min=1, help="Held-out games of each steering run.")] = 48,
     write: Annotated[
         bool, typer.Option("--write", help="Put vectors, steering results, numbers and figure into the checkout.")
     ] = False,
