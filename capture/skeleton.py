@@ -7,13 +7,24 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate.utils import get_balanced_memory
 from torch import Tensor, nn
 from transformers import AutoModel
 
 from capture.errors import ModelError, RequestError
 from capture.experts import GROUP, Int4Experts
 
-__all__ = ["DeviceMap", "Int4Layout", "dispatch", "int4_layout", "place", "skeleton", "tensors_of"]
+__all__ = [
+    "DeviceMap",
+    "Int4Layout",
+    "balanced",
+    "device_of",
+    "dispatch",
+    "int4_layout",
+    "place",
+    "skeleton",
+    "tensors_of",
+]
 
 DeviceMap = Mapping[str, Any]
 """Module path to device; the longest path that a module lies below counts, `""` is the whole model."""
@@ -176,9 +187,18 @@ def device_of(path: str, devices: DeviceMap) -> Any:
     raise RequestError(f"the device map has no device for {path}; add it, or one for the whole model under ''")
 
 
-def balanced(model: Any) -> DeviceMap:
-    """Spread a skeleton over all GPUs there are, then host memory, then disk, block by block."""
-    found: Any = infer_auto_device_map(model, no_split_module_classes=sorted(model._no_split_modules or ()))
+def balanced(model: Any, *, memory: Mapping[Any, int] | None = None) -> DeviceMap:
+    """Spread a skeleton block by block: evenly over the GPUs there are, then over host memory, then the disk.
+
+    Parameters
+    ----------
+    model : nn.Module
+    memory : mapping of device to bytes, optional
+        Default what each GPU and the host have.
+    """
+    blocks = sorted(model._no_split_modules or ())
+    most = get_balanced_memory(model, max_memory=memory and dict(memory), no_split_module_classes=blocks)
+    found: Any = infer_auto_device_map(model, max_memory=most, no_split_module_classes=blocks, offload_buffers=True)
     return dict(found)
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import datastore
-from capture import loaders
+from capture import loaders, skeleton
 from capture.components import find_components
 from capture.errors import ModelError, RequestError
 from capture.forward import run_batch
@@ -170,3 +170,17 @@ def test_a_device_map_that_lacks_a_module_is_said(model: Path, tmp_path: Path) -
         load(describe(saved), device=SPREAD | {"": "cpu"})
     with pytest.raises(RequestError, match=r"the device map .*none.json can't be read"):
         load(describe(model), device=str(tmp_path / "none.json"))
+
+
+def test_blocks_are_spread_evenly_and_never_cut(tmp_path: Path) -> None:
+    config = describe(kimi.save_kimi(tmp_path / "k", num_hidden_layers=12)).config
+    model = skeleton.skeleton(config, dtype=torch.bfloat16, int4=skeleton.int4_layout(config))
+    size = sum(t.numel() * t.element_size() for t in skeleton.tensors_of(model).values())
+    placed = skeleton.balanced(model, memory={0: size, 1: size, "cpu": size})
+    assert [name for name in placed if name.count(".") > 1] == [], "blocks are whole"
+    held = dict.fromkeys(placed.values(), 0)
+    for name, tensor in skeleton.tensors_of(model).items():
+        held[skeleton.device_of(name, placed)] += tensor.numel() * tensor.element_size()
+    assert set(held) == {0, 1}
+    assert max(held.values()) <= 0.65 * size
+    assert "disk" in skeleton.balanced(model, memory={0: size // 3, "cpu": size // 3}).values()
