@@ -25,9 +25,7 @@ from tests.view.browser import Viewer, browser, running
 ROUNDS = 3
 MANY, EACH = 10_000, 68
 PAINTED = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
-LEGEND = "(name) => [...document.querySelectorAll('*')].some(function look(one) {\
- return one.classList.contains('name') && one.textContent === name ||\
- one.shadowRoot && [...one.shadowRoot.querySelectorAll('*')].some(look); })"
+COLUMN = """(column) => [...Bokeh.documents[0]._all_models.values()].some((one) => one.data?.column === column)"""
 UNIT = "(unit) => Bokeh.documents[0].get_model_by_name('scores')?.left[0].axis_label === unit"
 
 
@@ -85,10 +83,10 @@ def controls(viewer: Viewer) -> dict[str, Callable[[], float]]:
     return {
         "mode": lambda: choose("Scores as", "raw", (UNIT, "score")),
         "mode back": lambda: choose("Scores as", "cosine", (UNIT, "cosine of token and direction")),
-        "trait": lambda: choose("Trait", "set/trait 3", (LEGEND, "set/trait 3@4")),
-        "layer": lambda: choose("Layer", "8", (LEGEND, "set/trait 3@8")),
-        "layer back": lambda: choose("Layer", "first", (LEGEND, "set/trait 3@4")),
-        "trait back": lambda: choose("Trait", "set/trait 0", (LEGEND, "set/trait 0@4")),
+        "trait": lambda: choose("Trait", "set/trait 3", (COLUMN, 8)),
+        "layer": lambda: choose("Layer", "8", (COLUMN, 9)),
+        "layer back": lambda: choose("Layer", "first", (COLUMN, 8)),
+        "trait back": lambda: choose("Trait", "set/trait 0", (COLUMN, 0)),
         "pin a token": lambda: pin(30),
         "to the transcript": lambda: timed(viewer, viewer.button("Transcript").click),
         "to the trajectories": lambda: timed(viewer, viewer.button("Trajectories").click),

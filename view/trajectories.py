@@ -47,7 +47,8 @@ class Trajectories(View):
             return
         if changed & {"store", "rollout"}:
             self._draw_rollout()
-        if changed & (NUMBERS | {"rollout", "trait", "traits", "layer", "lines"}):
+        trait = frozenset[str]() if state.lines == "trait" else {"trait"}
+        if changed & (NUMBERS | {"rollout", "traits", "layer", "lines"} | trait):
             self._draw_scores()
         at = state.token if state.token >= 0 else None
         self.scores.show_cursor(at)
