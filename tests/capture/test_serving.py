@@ -57,7 +57,11 @@ def server(root: Path) -> Iterator[Server]:
         yield server.loaded()
     finally:
         assert server.end(signal.SIGTERM) == 0
-        assert not re.search(r"ERROR|Traceback", server.log.replace("ERROR the process", "")), server.log
+        # One test kills the process with the model; nothing else may go wrong.
+        wrong = [line for line in server.log.splitlines() if re.search("ERROR|Traceback", line)]
+        assert not [line for line in wrong if "the process that holds the model was ended by SIGKILL" not in line], (
+            wrong
+        )
 
 
 def send(server: Server, path: str, *, data: bytes | None = None, **headers: str) -> tuple[int, Any]:
