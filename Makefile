@@ -29,6 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # Capture, verify, calibrate, score along directions, and the finding with its figure: the whole of it on the bundled model.
+# The page of the viewer belongs at its end.
 demo: setup
 	rm -rf $(DEMO)
 	@mkdir -p $(DEMO)
