@@ -33,6 +33,23 @@ def can_listen(port: int) -> bool:
         return True
 
 
+def assert_ends_by_kill(server: Server) -> None:
+    """Nothing of it is left by a plain kill."""
+    children, port = server.children(), server.port
+    assert server.end(signal.SIGTERM) == 0
+    assert gone(children)
+    assert can_listen(port)
+    assert "ERROR" not in server.log
+
+
+def assert_made_at_once(command: Command, tree: Path, store: Path, *, alone: Path) -> None:
+    """The store is, byte for byte, what the command makes that nobody interrupts."""
+    words = ("--layers", LAYERS, "--ids", ",".join(served.IDS), "--chunk-tokens", 128, "--batch-tokens", 256)
+    told = command("--experiment", tree, "--prompt-set", served.PROMPT_SET, "--store", alone, *words)
+    assert told.code == 0, told.err
+    assert cli.contents(store) == cli.contents(alone)
+
+
 def test_the_users_lines_make_a_whole_store_however_the_server_ends(command: Command, tmp_path: Path) -> None:
     root = tmp_path / "experiments"
     model = kimi.save_kimi(tmp_path / "kimi", num_hidden_layers=61)
@@ -65,11 +82,7 @@ def test_the_users_lines_make_a_whole_store_however_the_server_ends(command: Com
     before = second.client.status(answer["task_id"]).elapsed
     second.wait(lambda: second.client.status(again["task_id"]).progress.rollouts > len(finished) // 9)
     assert second.client.status(answer["task_id"]).elapsed == before, "the clock of what has ended stands still"
-    children = second.children()
-    assert second.end(signal.SIGTERM) == 0
-    assert gone(children)
-    assert can_listen(port)
-    assert "ERROR" not in second.log
+    assert_ends_by_kill(second)
     assert stored.captures(store) == []
     assert all(file.stat().st_mtime_ns == at for file, at in finished.items()), "a finished chunk is not written again"
 
@@ -79,8 +92,4 @@ def test_the_users_lines_make_a_whole_store_however_the_server_ends(command: Com
     assert (last.status, last.captures, last.progress.rollouts, last.progress.of) == ("completed", [1], 22, 22)
     assert third.end(signal.SIGINT) == 0
 
-    alone = tmp_path / "alone.zarr"
-    words = ("--layers", LAYERS, "--ids", ",".join(served.IDS), "--chunk-tokens", 128, "--batch-tokens", 256)
-    told = command("--experiment", tree, "--prompt-set", served.PROMPT_SET, "--store", alone, *words)
-    assert told.code == 0, told.err
-    assert cli.contents(store) == cli.contents(alone)
+    assert_made_at_once(command, tree, store, alone=tmp_path / "alone.zarr")
