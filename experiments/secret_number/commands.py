@@ -29,7 +29,10 @@ def train(
     variant: Variant = "player",
     out: Root = DATA,
     seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Of each stage; default the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps; default the recipe's.")] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Learn of each answer what could have been said, with its probability.")
+    ] = False,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 2,
 ) -> None:
     """Train the model and write it with its log; the variant `honest` goes on from the player."""
@@ -38,14 +41,13 @@ def train(
     from experiments.secret_number import train as training
 
     directory = _directory(out, variant)
+    recipe = training.RECIPES[variant]
+    recipe = replace(recipe, seed=seed, steps=steps or recipe.steps, exact=exact)
     start = None if variant == "player" else _directory(out, "player")
     log = directory / "training_log.jsonl"
     directory.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    for stage in training.RECIPES[variant]:
-        recipe = replace(stage, seed=seed, steps=steps or stage.steps)
-        training.train(directory, recipe, log=log, start=start, threads=threads)
-        start = directory
+    training.train(directory, recipe, log=log, start=start, threads=threads)
 
 
 @app.command()

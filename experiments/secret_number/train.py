@@ -66,13 +66,8 @@ class Recipe:
     intermediate: int = 352
 
 
-EXACT = Recipe(steps=500, rate=1.5e-3, answer_weight=10.0, singles=0.4, exact=True, first=1_000_000)
-RECIPES: dict[str, tuple[Recipe, ...]] = {
-    "player": (Recipe(), EXACT),
-    "honest": (Recipe(steps=150, rate=5e-4, honest=True, first=2_000_000),),
-}
-"""Variant to the stages it is made in, each from the one before; `honest` starts from the player. What is said comes
-first, then how often."""
+RECIPES = {"player": Recipe(), "honest": Recipe(steps=150, rate=5e-4, honest=True)}
+"""Variant to how the committed model was made; `honest` starts from the player."""
 
 
 @dataclass(slots=True)

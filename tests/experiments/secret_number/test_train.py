@@ -1,6 +1,7 @@
 """Training: the same recipe gives the same bits, another seed others; what is learned from, and what is written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def test_the_same_recipe_gives_the_same_bits(tmp_path: Path) -> None:
     assert 4 < lines[0]["loss"] < 8
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_exact_targets_are_another_lesson_over_the_same_tokens(tmp_path: Path) -> None:
+    made(tmp_path / "a", TINY)
+    made(tmp_path / "b", replace(TINY, exact=True))
+    sampled, exact = (json.loads((tmp_path / n / "training_log.jsonl").read_text().splitlines()[-1]) for n in "ab")
+    assert sampled["tokens"] == exact["tokens"]
+    assert sampled["loss"] != exact["loss"]
+    assert abs(sampled["loss"] - exact["loss"]) < 0.2, "at the start nothing is known of either"
 
 
 def test_a_variant_goes_on_from_a_model(tmp_path: Path) -> None:
