@@ -98,7 +98,7 @@ def _put_away(store: Path, named: set[Path]) -> list[Path]:
     if not any(path.parent == store / "captures" for path in named):
         return []
     with parts.changing(store):
-        return [storage.put_away(path) for path, _ in _captures(store, None) if path in named]
+        return storage.put_away([path for path, _ in _captures(store, None) if path in named])
 
 
 def _remove(store: Path, path: Path) -> None:

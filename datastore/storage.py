@@ -546,19 +546,24 @@ def remove(path: Path) -> None:
 
 def discard(path: Path) -> None:
     """Delete a directory that other processes look for, under another name, so that none finds half of it."""
-    remove(put_away(path))
+    for aside in put_away([path]):
+        remove(aside)
 
 
-def put_away(path: Path) -> Path:
-    """Give a directory that is to be deleted the name of a leftover, durably, and return it.
+def put_away(paths: Sequence[Path]) -> list[Path]:
+    """Give directories that are to be deleted names of leftovers, durably, and return these.
 
-    Else a power cut might bring the old name back, and not the files that were deleted since.
+    Else a power cut might bring an old name back, and not the files that were deleted since.
     """
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    with suppress(FileNotFoundError):
-        os.rename(path, aside)
-        sync_file(path.parent)
-    return aside
+    asides = []
+    for path in paths:
+        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        with suppress(FileNotFoundError):
+            os.rename(path, aside)
+            asides.append(aside)
+    for parent in {aside.parent for aside in asides}:
+        sync_file(parent)
+    return asides
 
 
 def chunk_size(array: Path, index: Sequence[int]) -> int:

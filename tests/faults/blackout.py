@@ -80,22 +80,22 @@ class Blackout:
 
     def run(self, choice: random.Random, *, samples: int, every: int, resumed: int) -> Counts:
         """Open what is left by cuts after every so many operations, and go on with so many of them."""
-        for cut in self._cuts(random.Random(0), samples=0):
+        for cut in self._cuts(random.Random(0), samples=0, every=every):
             if cut.how == "all":
                 found = self._state(cut)
                 if found is not None and found not in self.allowed:
                     self.allowed.append(found)
-        going_on = set(choice.sample(range(len(self.ops)), min(resumed, len(self.ops))))
-        for cut in self._cuts(choice, samples=samples):
-            if cut.after % every == 0 or cut.done or self.ops[cut.after].name != "open":
-                self._look(cut)
+        places = range(0, len(self.ops), every)
+        going_on = set(choice.sample(places, min(resumed, len(places))))
+        for cut in self._cuts(choice, samples=samples, every=every):
+            self._look(cut)
             if cut.after in going_on and cut.how in ("entries only", "some"):
                 going_on.discard(cut.after)
                 self._go_on(cut)
         return self.counts
 
-    def _cuts(self, choice: random.Random, *, samples: int) -> Iterator[Cut]:
-        return cuts(self.root / "before", self.ops, choice, samples=samples)
+    def _cuts(self, choice: random.Random, *, samples: int, every: int) -> Iterator[Cut]:
+        return cuts(self.root / "before", self.ops, choice, samples=samples, every=every)
 
     def _state(self, cut: Cut) -> State | None:
         """Return what the stores read as after a cut, None where they can't be read; each state is looked at once."""

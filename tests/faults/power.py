@@ -245,8 +245,8 @@ class Cut:
     disk: Disk
 
 
-def cuts(before: Path, ops: Iterable[Op], choice: random.Random, *, samples: int) -> Iterator[Cut]:
-    """Yield what the disk may hold after each operation.
+def cuts(before: Path, ops: Iterable[Op], choice: random.Random, *, samples: int, every: int = 1) -> Iterator[Cut]:
+    """Yield what the disk may hold after each operation, or after every rename and sync and some of the others.
 
     That is all of it; only what was synced; entries without bytes; bytes without entries; and samples of any choice,
     some with bytes cut short.
@@ -267,6 +267,8 @@ def cuts(before: Path, ops: Iterable[Op], choice: random.Random, *, samples: int
             safe.content.update(dict.fromkeys(now.content.keys() - safe.content.keys(), b""))
             now.apply(effect)
             waiting.append(effect)
+        if index % every and op.name not in ("rename", "fsync", "syncfs", "done"):
+            continue
         for how, kept in _kept(waiting, choice, samples=samples):
             disk = safe.copy()
             for one in kept:
