@@ -35,6 +35,7 @@ def player() -> Player:
         max_position_embeddings=512,
     )
     model: Any = LlamaForCausalLM(config)
+    model.eval().requires_grad_(False)
     return Player(
         model=model, encode=lambda text: [*text[:20].encode()], decode=lambda ids: "".join(map(chr, ids)), name="m"
     )
