@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from capture.components import ComponentTable, find_components
     from capture.errors import CaptureError, ModelError, NoMemoryError, RequestError
     from capture.layerspec import parse_layers
-    from capture.loading import Loaded, ModelInfo, describe, load
+    from capture.loading import Loaded, describe, load
+    from capture.modelinfo import ModelInfo
     from capture.runner import Done, run
     from capture.steering import steered
     from capture.tokens import Rendered, render
@@ -22,7 +23,8 @@ _HOMES = {
     "capture.components": ("ComponentTable", "find_components"),
     "capture.errors": ("CaptureError", "ModelError", "NoMemoryError", "RequestError"),
     "capture.layerspec": ("parse_layers",),
-    "capture.loading": ("Loaded", "ModelInfo", "describe", "load"),
+    "capture.loading": ("Loaded", "describe", "load"),
+    "capture.modelinfo": ("ModelInfo",),
     "capture.runner": ("Done", "run"),
     "capture.steering": ("steered",),
     "capture.tokens": ("Rendered", "render"),

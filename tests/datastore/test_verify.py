@@ -161,7 +161,10 @@ def swap(a: tuple[int, int], b: tuple[int, int]) -> Callable[[Path], None]:
 # What is done to a store; what is said of it, some of it only by a full check; what is dropped: captures, or cells.
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a chunk emptied": (overwrite("residual/c/2/1/0", b""), r"residual at layer 5, tokens 32-48 .* is broken"),
-    "a chunk too large": (overwrite("k_proj/c/0/0/0", bytes(9999)), "9,999 bytes, where at most 404 can be; it was not read"),
+    "a chunk too large": (
+        overwrite("k_proj/c/0/0/0", bytes(9999)),
+        "9,999 bytes, where at most 404 can be; it was not read",
+    ),
     "chunks of two layers swapped": (swap((0, 1), (1, 1)), "at layer 1, tokens 16-32 .* norms of 16 tokens are not"),
     "chunks of one layer swapped": (swap((0, 1), (0, 2)), "at layer 1, tokens 32-48 .* norms of 16 tokens are not"),
     "shape": (edit_json("residual", shape=[90, 2, 16]), r"consolidated metadata differ in shape"),
