@@ -257,8 +257,8 @@ def test_a_full_disk_loses_nothing_and_the_same_goes_on(path: Path) -> None:
             with pytest.raises(
                 DatastoreError,
                 match=rf"could not be written \(File too large\): {524_288 + plan.table_bytes:,} bytes before "
-                r"compression are still to write and [\d,]+ are free; what is finished is kept, make room and run the same "
-                r"command again to go on",
+                r"compression are still to write and [\d,]+ are free; what is finished is kept, make room and "
+                r"run the same command again to go on",
             ):
                 writer.flush()
             with pytest.raises(DatastoreError, match="could not be written"):
