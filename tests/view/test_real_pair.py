@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import datastore
 import project
@@ -42,6 +44,12 @@ def directions(store: datastore.Store) -> list[Direction]:
     ]
 
 
+def curve_of(viewer: Viewer, name: str, length: int) -> NDArray[np.float64]:
+    """A rollout's curve, NaN as long as it is not drawn."""
+    curve = viewer.lines("rollouts").get(name, np.empty(0))
+    return curve[:length] if len(curve) >= length else np.full(length, np.nan)
+
+
 def test_a_lying_rollout_parts_from_its_honest_twin_where_the_game_says(store: datastore.Store) -> None:
     table = store.rollouts
     with browser() as chromium, running([store.path]) as address:
@@ -56,12 +64,13 @@ def test_a_lying_rollout_parts_from_its_honest_twin_where_the_game_says(store: d
         assert fork == table["fork"][a] == table["fork"][b]  # as the generator recorded it, not found from the tokens
         assert [cells[4], cells[5]] == [table["classification"][a], table["classification"][b]]
         assert cells[4] == "honest" != cells[5]
-        found = until(lambda: viewer.lines("rollouts"), lambda lines: f"{b} ({cells[5]})" in lines, page=viewer.page)
         (unit,) = [one.values / one.norm for one in directions(store) if one.trait == "random/first"]
         for name in (a, b):
             rows = np.asarray(store.select("residual", rollouts=name, layers=LAYER).values, np.float64)
-            curve = found[f"{name} ({table['classification'][name]})"][: len(rows)]
-            np.testing.assert_allclose(curve, rows @ np.asarray(unit, np.float64), rtol=1e-4, atol=1e-4)
+            wanted, called = rows @ np.asarray(unit, np.float64), f"{name} ({table['classification'][name]})"
+            read = partial(curve_of, viewer, called, len(rows))
+            found = until(read, partial(np.allclose, wanted, rtol=1e-4, atol=1e-4), page=viewer.page)
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
         assert viewer.marks("difference")["fork"] == fork - 0.5
         sides = viewer.page.locator(".sides mark").all_inner_texts()
         ends = ["".join(store.tokens(name)["text"].tolist()[fork:]) for name in (a, b)]
