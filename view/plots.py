@@ -261,10 +261,12 @@ class Lines(_Plot):
         given = list(texts or [])
         if self._texts.data["text"] != given:
             self._texts.data = {"text": given}
-        self._name(list(curves))
+        while len(self._lines) < len(curves):
+            self._add()
         columns = [one for curve in self._curves.values() for one in curve]
         self._frame(np.stack(columns, axis=1) if columns else np.empty((0, 0)))
         self._send(float(self.plot.x_range.start), float(self.plot.x_range.end))
+        self._name(list(curves))  # last: a curve has its name when its numbers are there
 
     def table(self) -> dict[str, Any]:
         """All that is drawn, by heading; nothing is thinned out."""
@@ -316,8 +318,6 @@ class Lines(_Plot):
         self._lines.append(line)
 
     def _name(self, names: Sequence[str]) -> None:
-        while len(self._lines) < len(names):
-            self._add()
         banded = [len(curve) > 1 for curve in self._curves.values()]
         for j, (line, area) in enumerate(zip(self._lines, self._areas, strict=True)):
             line.visible = j < len(names)
