@@ -46,8 +46,10 @@ def steered(
 
     Examples
     --------
-    >>> with steered(model, [(direction, 4.0)]):      # doctest: +SKIP
-    ...     model.generate(ids, max_new_tokens=20)
+    ::
+
+        with steered(model, [(direction, 4.0)]):
+            model.generate(ids, max_new_tokens=20)
     """
     known = table or find_components(model)
     with ExitStack() as stack:

@@ -72,15 +72,17 @@ class _Layout:
 def layout_of(path: Path, mark: tuple[int, int]) -> _Layout:
     """Read an array's zarr.json; `mark` tells one capture at this path from another."""
     meta = storage.array_metadata(path)
-    grid = meta["chunk_grid"]["configuration"]["chunk_shape"]
-    return _Layout(
-        path=path,
-        tokens=int(grid[0]),
-        width=int(meta["shape"][2]),
-        dtype=numpy_dtype(meta["data_type"]),
-        axis=str(meta["dimension_names"][2]),
-        decoder=ChunkDecoder.of(meta),
-    )
+    try:
+        tokens, width = int(meta["chunk_grid"]["configuration"]["chunk_shape"][0]), int(meta["shape"][2])
+        dtype, axis = numpy_dtype(meta["data_type"]), str(meta["dimension_names"][2])
+        if tokens < 1 or width < 1:
+            raise ValueError(f"chunks of {tokens} tokens of width {width}")
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise CorruptError(
+            f"{path / 'zarr.json'} does not describe rows of tokens ({error}), so none can be read; run `verify` on the "
+            "store to see what else is broken"
+        ) from error
+    return _Layout(path=path, tokens=tokens, width=width, dtype=dtype, axis=axis, decoder=ChunkDecoder.of(meta))
 
 
 def component_layout(cells: Cells, place: int, component: str) -> _Layout:

@@ -21,6 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from datastore.cells import Cells, Ints
+from datastore.errors import CorruptError
 from datastore.storage import attributes, read_array
 
 __all__ = ["annotation_table", "capture_table", "rollout_table", "telling", "token_texts"]
@@ -75,7 +76,13 @@ def _read_labels(group: Path) -> Iterator[tuple[str, Ints, NDArray[Any]]]:
     """Yield each label with the rows that have a value, and the values."""
     for array in sorted(path for path in group.iterdir() if path.is_dir()) if group.is_dir() else ():
         attrs, values = attributes(array), read_array(array)
-        rows = np.setdiff1d(np.arange(len(values)), np.asarray(attrs.get("missing", []), dtype=np.int64))
+        missing = attrs.get("missing", [])
+        if not isinstance(missing, list) or not all(type(row) is int and 0 <= row < len(values) for row in missing):
+            raise CorruptError(
+                f"{array / 'zarr.json'} names rows without a label that are not among its {len(values)} rows, so no "
+                "label of it can be trusted; drop the capture or restore the file"
+            )
+        rows = np.setdiff1d(np.arange(len(values)), np.asarray(missing, dtype=np.int64))
         yield str(attrs.get("label", array.name)), rows, values[rows]
 
 
