@@ -79,7 +79,7 @@ def layout_of(path: Path, mark: tuple[int, int]) -> _Layout:
             raise ValueError(f"chunks of {tokens} tokens of width {width}")
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise CorruptError(
-            f"{path / 'zarr.json'} does not describe rows of tokens ({error}), so none can be read; run `verify` on the "
+            f"{path / 'zarr.json'} does not describe rows of tokens ({error}), so none is read; run `verify` on the "
             "store to see what else is broken"
         ) from error
     return _Layout(path=path, tokens=tokens, width=width, dtype=dtype, axis=axis, decoder=ChunkDecoder.of(meta))
