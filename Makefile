@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # Capture, verify, calibrate, score along directions, and the finding with its figure: the whole of it on the bundled model.
-# The page of the viewer belongs at its end.
+# Its last step writes a page of a lying rollout beside its honest twin, one file that opens without a server.
 demo: setup
 	rm -rf $(DEMO)
 	@mkdir -p $(DEMO)
@@ -43,6 +43,8 @@ demo: setup
 	$(DEMO_RUN) calibrate $(DEMO)/run.zarr
 	$(DEMO_RUN) project $(DEMO)/run.zarr --vectors $(GAME)/extraction --steering $(GAME)/steering --layers best,best+1
 	$(DEMO_RUN) experiments.secret_number finding $(DEMO)/run.zarr --learned-on $(DEMO)/questions.zarr --plot $(DEMO)/finding.png
+	$(DEMO_RUN) view export $(DEMO)/run.zarr --ids 7,8 --out $(DEMO)/page.html
+	@echo "the figure: $(DEMO)/finding.png   the page: $(DEMO)/page.html, or all of it: $(BIN)/python -m view $(DEMO)/run.zarr --open"
 
 # Every number of docs/secret_number.md again, from the model on, into build/report; REPORT_ARGS=--write puts them into the checkout.
 report: setup
