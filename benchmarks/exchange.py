@@ -108,9 +108,9 @@ def bench_rates(root: Path, data: Data) -> list[Row]:
     slower = min("load", "write", key=rate.__getitem__)
     named = {"load": "torch.load of the files alone", "write": "the writer alone"}[slower]
     return [
-        _row("import", rate["import"], "GB/s", named, rate[slower], 0.8),
-        _row("export", rate["export"], "GB/s", "torch.save + sync of the same tensors", rate["save"], 0.8),
-        _row("torch.load of the files alone", rate["load"], "GB/s", "the writer alone", rate["write"]),
+        Row.of("import", rate["import"], "GB/s", named, rate[slower], 0.8),
+        Row.of("export", rate["export"], "GB/s", "torch.save + sync of the same tensors", rate["save"], 0.8),
+        Row.of("torch.load of the files alone", rate["load"], "GB/s", "the writer alone", rate["write"]),
     ]
 
 
@@ -120,10 +120,16 @@ def bench_memory(root: Path) -> list[Row]:
     idle = peak_rss("benchmarks.exchange", "idle")
     whole = peak_rss("benchmarks.exchange", "import", str(root / "tree"), str(root / "m.zarr"))
     return [
-        _row(
-            "memory of an import beyond the largest file", (whole - largest) / 1e9, "GB", "allowed", 1.0, 1.0, most=True
+        Row.of(
+            "memory of an import beyond the largest file",
+            (whole - largest) / 1e9,
+            "GB",
+            "allowed",
+            1.0,
+            1.0,
+            at_most=True,
         ),
-        _row("memory of an import", whole / 1e9, "GB", "that of a process that only imports the modules", idle / 1e9),
+        Row.of("memory of an import", whole / 1e9, "GB", "that of a process that only imports the modules", idle / 1e9),
     ]
 
 
@@ -140,10 +146,16 @@ def bench_opening(root: Path) -> list[Row]:
         times.append(time.perf_counter() - began)
     p50, p99 = np.percentile(times, [50, 99])
     return [
-        _row(
-            f"opening {MANY} rollouts beyond {FEW}", seconds[MANY] - seconds[FEW], "s", "allowed", 0.3, 1.0, most=True
+        Row.of(
+            f"opening {MANY} rollouts beyond {FEW}",
+            seconds[MANY] - seconds[FEW],
+            "s",
+            "allowed",
+            0.3,
+            1.0,
+            at_most=True,
         ),
-        _row("select of one rollout x layer, p99", float(p99) * 1e3, "ms", "p50", float(p50) * 1e3),
+        Row.of("select of one rollout x layer, p99", float(p99) * 1e3, "ms", "p50", float(p50) * 1e3),
     ]
 
 
@@ -170,28 +182,6 @@ def _cold_open(path: Path) -> float:
         assert len(datastore.open(path).rollouts)
         times.append(time.perf_counter() - began)
     return sorted(times)[2]
-
-
-def _row(
-    what: str,
-    value: float,
-    unit: str,
-    rival: str,
-    rival_value: float,
-    target: float | None = None,
-    *,
-    most: bool = False,
-) -> Row:
-    return Row(
-        what=what,
-        value=value,
-        unit=unit,
-        rival=rival,
-        rival_value=rival_value,
-        ratio=value / rival_value,
-        target=target,
-        at_most=most,
-    )
 
 
 def main(arguments: Sequence[str]) -> None:

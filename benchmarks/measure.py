@@ -31,6 +31,30 @@ class Row:
     target: float | None = None
     at_most: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        what: str,
+        value: float,
+        unit: str,
+        rival: str,
+        rival_value: float,
+        target: float | None = None,
+        *,
+        at_most: bool = False,
+    ) -> "Row":
+        """Set a value beside its rival's."""
+        return cls(
+            what=what,
+            value=value,
+            unit=unit,
+            rival=rival,
+            rival_value=rival_value,
+            ratio=value / rival_value,
+            target=target,
+            at_most=at_most,
+        )
+
     @property
     def holds(self) -> bool | None:
         """Whether the target is met; None without one."""

@@ -104,10 +104,10 @@ def bench_projection(root: Path, data: Data) -> list[Row]:
     what = f"projection of {DIRECTIONS} directions on 1 layer"
     alone = f"decode {rate['decode']:.2f} then multiply {rate['multiply']:.2f}"
     return [
-        _row(what, rate["one"], "GB/s", alone, parts, 0.7),
-        _row("re-projection vs .pt path", rate["one"], "GB/s", ".pt files loaded whole", rate["pt"], 6.0),
-        _row("the same, files cold", far["one"], "GB/s", ".pt files loaded whole", far["pt"], None),
-        _row("two layers", seconds["two"], "s", "twice one layer", 2 * seconds["one"], 1.05, at_most=True),
+        Row.of(what, rate["one"], "GB/s", alone, parts, 0.7),
+        Row.of("re-projection vs .pt path", rate["one"], "GB/s", ".pt files loaded whole", rate["pt"], 6.0),
+        Row.of("the same, files cold", far["one"], "GB/s", ".pt files loaded whole", far["pt"], None),
+        Row.of("two layers", seconds["two"], "s", "twice one layer", 2 * seconds["one"], 1.05, at_most=True),
     ]
 
 
@@ -123,7 +123,7 @@ def bench_growing(root: Path) -> Row:
         fresh(path)
         seconds.append(grown | alternate({"anew": projecting(path, given)}, rounds=1))
     middle = {name: float(np.median([one[name] for one in seconds])) for name in ("added", "anew")}
-    return _row(
+    return Row.of(
         "adding 1 direction to 22", middle["added"], "s", "projecting 23 anew", middle["anew"], 0.5, at_most=True
     )
 
@@ -137,7 +137,7 @@ def bench_distributed(root: Path, data: Data) -> Row:
         tasks = {"dask": projecting(path, given, runner=runner), "pool": projecting(path, given)}
         seconds = alternate(tasks, rounds=ROUNDS, before=lambda: fresh(path))
     rate = {name: data.layer_bytes / s / 1e9 for name, s in seconds.items()}
-    return _row("dask.distributed, 2 processes", rate["dask"], "GB/s", "the in-process pool", rate["pool"], 0.5)
+    return Row.of("dask.distributed, 2 processes", rate["dask"], "GB/s", "the in-process pool", rate["pool"], 0.5)
 
 
 def bench_calibration(root: Path, data: Data) -> list[Row]:
@@ -156,8 +156,10 @@ def bench_calibration(root: Path, data: Data) -> list[Row]:
     rate = {name: data.layer_bytes / seconds[name] / 1e9 for name in ("pass", "one")}
     speed = {name: 1 / seconds[name] for name in ("kept", "pt")}
     return [
-        _row("calibrations from the statistics, 9 layers", speed["kept"], "/s", "the pass over .pt", speed["pt"], 100),
-        _row("calibration of 1 layer with its pass", rate["pass"], "GB/s", "projection of it", rate["one"], 0.8),
+        Row.of(
+            "calibrations from the statistics, 9 layers", speed["kept"], "/s", "the pass over .pt", speed["pt"], 100
+        ),
+        Row.of("calibration of 1 layer with its pass", rate["pass"], "GB/s", "projection of it", rate["one"], 0.8),
     ]
 
 
@@ -169,21 +171,6 @@ def calibrate_pt(directory: Path) -> None:
         for layer in torch.load(file, weights_only=True)["prompt"]["activations"].values():
             wide = layer["residual"].float()
             wide.mean(0), wide.abs().amax(0), wide.abs().mean(0), wide.norm(dim=1).mean()
-
-
-def _row(
-    what: str, value: float, unit: str, rival: str, rival_value: float, target: float | None, *, at_most: bool = False
-) -> Row:
-    return Row(
-        what=what,
-        value=value,
-        unit=unit,
-        rival=rival,
-        rival_value=rival_value,
-        ratio=value / rival_value,
-        target=target,
-        at_most=at_most,
-    )
 
 
 @contextmanager

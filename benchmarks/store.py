@@ -318,15 +318,7 @@ def stream_bounded(store: Path) -> None:
 
 
 def _rate(what: str, value: float, rival: str, rival_value: float, target: float | None = None) -> Row:
-    return Row(
-        what=what,
-        value=value,
-        unit="GB/s",
-        rival=rival,
-        rival_value=rival_value,
-        ratio=value / rival_value,
-        target=target,
-    )
+    return Row.of(what, value, "GB/s", rival, rival_value, target)
 
 
 def main(arguments: list[str]) -> None:

@@ -162,8 +162,9 @@ def carry_out(
                 record["left_out"] = left_out
             write_raw(one.path, reading[number].result(), record, overwrite=overwrite)
             reading[number] = Future()  # its rows are not held any longer
-            behind.push(os.open(one.path, os.O_RDONLY))
+            behind.push(os.open(one.path, os.O_RDONLY), one.path)
             tick(number + 1, len(exports))
+        behind.drain()
     if exports[0].response is not None:
         _write_new(directory / "config.json", _config(store, variant))
     storage.sync_files(directory)

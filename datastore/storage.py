@@ -401,7 +401,7 @@ def write_chunk(
     if behind is None:
         os.close(descriptor)
     else:
-        behind.push(descriptor)
+        behind.push(descriptor, file)
     return written
 
 

@@ -5,8 +5,10 @@ import errno
 import os
 import threading
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 __all__ = ["WriteBehind", "libc_function"]
@@ -22,39 +24,65 @@ class WriteBehind:
     the cache keeps what is read again, the model's weights, instead of a store's bytes that are written once. Memory
     that is used again is also much faster than memory that is touched once (docs/design/0001-store.md has the numbers).
     Where the system can't do this, the files are simply closed. Used by any thread.
+
+    A file that the disk did not take is deleted: the cache may go on showing what is nowhere else, and whoever looks
+    later would take it for finished.
     """
 
     def __init__(self, depth: int = 8) -> None:
         self._depth, self._lock = depth, threading.Lock()
-        self._files: deque[int] = deque()
+        self._files: deque[tuple[int, Path]] = deque()
 
-    def push(self, descriptor: int) -> None:
-        """Take over an open file that is written.
+    def push(self, descriptor: int, file: Path) -> None:
+        """Take over an open file that is written, under the name that it has.
 
         Raises
         ------
         OSError
-            The disk could not take an earlier file.
+            The disk could not take this file or an earlier one, which is gone then.
         """
         with self._lock:
-            self._files.append(descriptor)
+            self._files.append((descriptor, file))
             old = self._files.popleft() if len(self._files) > self._depth else None
-        _sync_range(descriptor, _SYNC_WRITE)
+        with _deleted_unless_taken(file):
+            _sync_range(descriptor, _SYNC_WRITE)
         if old is not None:
-            self._finish(old)
+            self._finish(*old)
+
+    def drain(self) -> None:
+        """Wait for what is left, and let it leave the cache too.
+
+        Raises
+        ------
+        OSError
+            As `push`.
+        """
+        while self._files:
+            self._finish(*self._files.popleft())
 
     def close(self) -> None:
-        """Close what is left; the sync that follows waits for it."""
+        """Close what is left without waiting for it."""
         while self._files:
-            os.close(self._files.popleft())
+            os.close(self._files.popleft()[0])
 
-    def _finish(self, descriptor: int) -> None:
+    def _finish(self, descriptor: int, file: Path) -> None:
         try:
-            _sync_range(descriptor, _SYNC_WAIT)
+            with _deleted_unless_taken(file):
+                _sync_range(descriptor, _SYNC_WAIT)
             with suppress(AttributeError, OSError):  # it is advice, and not every system or file takes it
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def _deleted_unless_taken(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        error.filename = str(file)
+        raise
 
 
 def _sync_range(descriptor: int, how: int) -> None:

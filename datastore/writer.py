@@ -340,6 +340,7 @@ class Writer:
             raise PlanError(self._what_is_missing(missing))
         combiner = Combiner(self.plan, self._group, self._partials, threads=self._workers, memory=self._memory)
         with self._disk_errors():
+            self._behind.drain()
             storage.sync_files(self._directory, self._disk)
             number = commit_group(self._store, self._directory, combiner, done=self.tokens)
         self.close()

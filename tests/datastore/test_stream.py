@@ -114,9 +114,11 @@ def test_a_layer_after_the_other_comes_in_order(kept: Stored, threads: int, deco
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_other_dtypes(tmp_path: Path, dtype: str) -> None:
-    stored = Stored(tmp_path / "a", dtype=dtype)
+    stored, rows = Stored(tmp_path / "a", dtype=dtype), 0
     for block in blocks(stored.all(), memory=MEMORY):
         same_bits(block.values, stored.wanted(block))
+        rows += len(block.values)
+    assert rows == 2 * N_TOKENS
 
 
 def test_an_array_with_another_codec_goes_through_zarr_python(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Chunk files on their way to disk. Oracle: the system's own word on what its cache holds, and plain file reads."""
 
+import errno
 import os
 import resource
 from contextlib import suppress
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore import storage
+from datastore import storage, writebehind
 from datastore.writebehind import WriteBehind, libc_function
 
 MANY = 1 << 20
@@ -47,8 +48,8 @@ def test_files_leave_the_cache_in_their_turn_and_keep_their_bytes(tmp_path: Path
 
 def test_all_descriptors_are_closed(tmp_path: Path) -> None:
     behind, taken = WriteBehind(depth=2), [os.open(tmp_path / f"{i}", os.O_CREAT | os.O_WRONLY) for i in range(4)]
-    for one in taken:
-        behind.push(one)
+    for index, one in enumerate(taken):
+        behind.push(one, tmp_path / f"{index}")
     assert [is_open(one) for one in taken] == [False, False, True, True]
     behind.close()
     assert not any(map(is_open, taken))
@@ -57,9 +58,32 @@ def test_all_descriptors_are_closed(tmp_path: Path) -> None:
 def test_what_cannot_be_synced_is_only_closed() -> None:
     """A pipe is no file that any disk takes; that is no error."""
     behind, (reading, writing) = WriteBehind(depth=0), os.pipe()
-    behind.push(writing)
+    behind.push(writing, Path("no file"))
     assert not is_open(writing)
     os.close(reading)
+
+
+def test_a_file_that_the_disk_did_not_take_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No disk here fails on demand, so the kernel's answer is made up; what follows from it is real."""
+    behind, real = WriteBehind(depth=1), writebehind._sync_range
+
+    def failing(descriptor: int, how: int) -> None:
+        if how == writebehind._SYNC_WAIT and os.readlink(f"/proc/self/fd/{descriptor}").endswith("/1/0/0"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor, how)
+
+    monkeypatch.setattr(writebehind, "_sync_range", failing)
+    for index in range(2):
+        storage.write_chunk(tmp_path, (index, 0, 0), (b"some",), behind=behind)
+    storage.write_chunk(tmp_path, (2, 0, 0), (b"more",), behind=WriteBehind())
+    with pytest.raises(OSError, match=r"Input/output error: '.*/c/1/0/0'"):
+        storage.write_chunk(tmp_path, (3, 0, 0), (b"last",), behind=behind)
+    there = [storage.chunk_file(tmp_path, (index, 0, 0)).exists() for index in range(4)]
+    assert there == [True, False, True, True]
+    storage.write_chunk(tmp_path, (1, 0, 0), (b"some",), behind=behind)
+    with pytest.raises(OSError, match="Input/output error"):
+        behind.drain()
+    assert not storage.chunk_file(tmp_path, (1, 0, 0)).exists()
 
 
 def test_a_chunk_is_whole_or_not_there(tmp_path: Path) -> None:
