@@ -26,6 +26,7 @@ from datastore.errors import DatastoreError, PlanError
 from datastore.partials import ChunkId, Partials, chunks_within, finished_chunks, grid_index
 from datastore.planning import lay_down, plans_directory
 from datastore.schema import Batch, Plan
+from datastore.stats import WORTH_COMPILING, compile_sums
 from datastore.writebehind import WriteBehind
 
 __all__ = ["Progress", "Writer", "create"]
@@ -114,6 +115,8 @@ class Writer:
             waiting=max(allowance // 8, 2 * largest * self._workers),
             check=self._raise_failure,
         )
+        if plan.statistics and self._raw_total() >= WORTH_COMPILING:
+            compile_sums()
         self._total = sum(1 for _ in chunks_within(plan, self.tokens))
         self._disk, self._behind = os.open(directory, os.O_RDONLY), WriteBehind()
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="datastore-write")
@@ -174,15 +177,18 @@ class Writer:
 
     def progress(self) -> Progress:
         """Return what is finished of this part."""
-        width = sum(c.width * c.itemsize for c in self.plan.components)
         with self._count:
             return Progress(
                 chunks=self._written,
                 chunks_total=self._total,
                 raw_bytes=self._raw_bytes,
-                raw_bytes_total=(self._stop - self._start) * len(self.plan.layers) * width,
+                raw_bytes_total=self._raw_total(),
                 stored_bytes=self._stored_bytes,
             )
+
+    def _raw_total(self) -> int:
+        width = sum(c.width * c.itemsize for c in self.plan.components)
+        return (self._stop - self._start) * len(self.plan.layers) * width
 
     def _raw(self, chunk: ChunkId) -> int:
         one = self.plan.component(chunk.component)

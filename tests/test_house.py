@@ -25,6 +25,7 @@ WIDER = {
     "capture/forward.py:__call__": "where rows go and the rows, as Writer.put takes them",
     "capture/runner.py:_put": "the same",
     "capture/runner.py:run": "model, tokenizer, rollouts, store: the call of the design, in the order one says it",
+    "datastore/compiled.py:add_tiles": "numba compiles one signature ahead of its first use, by position",
     "datastore/writer.py:put": "component, layer, rollout and their rows: one place and what goes there",
 }
 

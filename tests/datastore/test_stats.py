@@ -2,10 +2,14 @@
 
 import functools
 import hashlib
+import importlib
 import itertools
 import pickle
 import random
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,16 @@ from tests.synthetic import activations
 
 ROUNDING = 1e-13
 """Float64 rounding of a few thousand terms, relative to the sum of their magnitudes."""
+
+
+@pytest.fixture(scope="module", params=["numpy", "compiled"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test here runs with either way of computing the sums: nothing may tell them apart."""
+    assert stats.compile_sums()
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(stats._Compiled, "module", None)
+        yield request.param
 
 
 @st.composite
@@ -160,6 +174,39 @@ def test_same_bits_on_every_machine() -> None:
     patterns = (0x3C00 + (scrambled & 0x83FF)).astype(np.uint16)
     values = patterns.view(numpy_dtype("bfloat16")).reshape(300, 1031)
     assert hashlib.sha256(bits(*Moments.of(values))).hexdigest()[:16] == "6d3f524c561c2a8e"
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 127, 128, 129, 257, 1031, 2880, 7168])
+def test_compiled_sums_are_those_of_numpy_to_the_bit(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths around the leaves of the pairwise sum; several tiles, zero rows, a column of minus zero, two pieces."""
+    values = activations(300, width, seed=width)
+    values[17] = 0
+    values[:, width // 2] = -0.0
+    pieces = [((0, 0), 0, 130), ((0, 1), 130, 131), ((0, 0), 131, 300)]
+    ran = []
+    loop = importlib.import_module("datastore.compiled")
+
+    def add_tiles(*given: Any) -> Any:
+        ran.append(given)
+        return loop.add_tiles(*given)
+
+    spy = SimpleNamespace(leaves=loop.leaves, add_tiles=add_tiles)
+    found = []
+    for module in (None, spy):
+        monkeypatch.setattr(stats._Compiled, "module", module)
+        found.append(MomentsTable.of_pieces(values, pieces).to_bytes())
+    assert found[0] == found[1]
+    assert len(ran) == len(pieces)
+
+
+def test_sums_are_numpys_where_the_loop_gives_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine whose NumPy adds in another order."""
+    loop = importlib.import_module("datastore.compiled")
+    other = SimpleNamespace(leaves=lambda width: loop.leaves(width)[:-1], add_tiles=loop.add_tiles)
+    monkeypatch.setitem(sys.modules, "datastore.compiled", other)
+    for name, value in (("tried", False), ("module", None)):
+        monkeypatch.setattr(stats._Compiled, name, value)
+    assert not stats.compile_sums()
 
 
 def test_every_bfloat16_is_widened_exactly() -> None:

@@ -1,0 +1,131 @@
+"""The sums of `stats` over bfloat16 rows as one compiled loop (numba): the same bits, each row read once.
+
+NumPy passes over a tile a dozen times and asks for the interpreter lock after every pass; sixteen threads then spend
+most of their time waiting for memory and for each other. The loop holds no lock and adds in NumPy's order: row after
+row, and the squares of one row in the pairs of NumPy's own sum. `stats` tries it against NumPy before its first use.
+"""
+
+import functools
+from typing import Any
+
+import numba
+import numpy as np
+
+__all__ = ["add_tiles", "leaves"]
+
+_LEAF = 128
+_OPTIONS: Any = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator,unused-ignore]
+def _leaf(y: Any, start: int, n: int) -> Any:
+    """Sum of at most 128 elements in the order of NumPy's inner loop: eight sums side by side."""
+    if n < 8:
+        total = -0.0
+        for i in range(start, start + n):
+            total += y[i]
+        return total
+    r0, r1, r2, r3 = y[start], y[start + 1], y[start + 2], y[start + 3]
+    r4, r5, r6, r7 = y[start + 4], y[start + 5], y[start + 6], y[start + 7]
+    whole = n - n % 8
+    for i in range(start + 8, start + whole, 8):
+        r0 += y[i]
+        r1 += y[i + 1]
+        r2 += y[i + 2]
+        r3 += y[i + 3]
+        r4 += y[i + 4]
+        r5 += y[i + 5]
+        r6 += y[i + 6]
+        r7 += y[i + 7]
+    total = ((r0 + r1) + (r2 + r3)) + ((r4 + r5) + (r6 + r7))
+    for i in range(start + whole, start + n):
+        total += y[i]
+    return total
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator,unused-ignore]
+def _pairwise(y: Any, ends: Any, stack: Any) -> Any:
+    """Sum of all elements: leaves from left to right, two sums joined as often as `ends` says after each leaf."""
+    top, start = 0, 0
+    for k in range(len(ends)):
+        stack[top] = _leaf(y, start, ends[k, 0] - start)
+        start = ends[k, 0]
+        for _ in range(ends[k, 1]):
+            top -= 1
+            stack[top] = stack[top] + stack[top + 1]
+        top += 1
+    return stack[0]
+
+
+@numba.njit(  # type: ignore[untyped-decorator,unused-ignore]
+    "boolean(Array(uint16, 2, 'C', readonly=True), int64, float64, float64, int64[:, ::1], uint16[::1], "
+    "float64[:, ::1], float32[::1])",
+    **_OPTIONS,
+)
+def add_tiles(values: Any, rows: int, low: float, high: float, ends: Any, top: Any, sums: Any, norms: Any) -> bool:
+    """Add the tiles of some rows to sums, and set the rows' norms; False where NumPy has to do it all.
+
+    Parameters
+    ----------
+    values : uint16 array (n, width)
+        Bits of bfloat16 rows.
+    rows : int
+        Rows of a tile.
+    low, high : float
+        A row whose sum of squares is beyond them is NumPy's, unless it is zero; so is one with what is not finite.
+    ends : int64 array (leaves, 2)
+        `leaves(width)`.
+    top : uint16 array (width,)
+        Bits of the largest magnitudes so far, raised in place.
+    sums : float64 array (4, width)
+        Sums of h, |h|, h² and h / |h| so far, added to in place; like `top` of no use any more where False is returned.
+    norms : float32 array (n,)
+    """
+    n, width = values.shape
+    tile = np.empty((4, width))
+    wide = np.empty(width, np.uint32)
+    single = wide.view(np.float32)
+    x, squares, stack = np.empty(width), np.empty(width), np.empty(64)
+    for begin in range(0, n, rows):
+        tile[:] = 0.0
+        for i in range(begin, min(begin + rows, n)):
+            for j in range(width):
+                wide[j] = np.uint32(values[i, j]) << np.uint32(16)
+                top[j] = max(top[j], values[i, j] & np.uint16(0x7FFF))
+            for j in range(width):
+                x[j] = h = np.float64(single[j])
+                squares[j] = h * h
+                tile[0, j] += h
+                tile[1, j] += abs(h)
+                tile[2, j] += h * h
+            total = _pairwise(squares, ends, stack)
+            norms[i] = np.float32(np.sqrt(total))
+            if total == 0.0:
+                continue
+            if not low <= total <= high:
+                return False
+            unit = 1.0 / np.sqrt(total)
+            for j in range(width):
+                tile[3, j] += unit * x[j]
+        for k in range(4):
+            for j in range(width):
+                sums[k, j] += tile[k, j]
+    return True
+
+
+@functools.cache
+def leaves(width: int) -> Any:
+    """Where NumPy's pairwise sum of `width` elements ends its leaves, and how many sums it joins after each."""
+    found: list[list[int]] = []
+
+    def split(start: int, n: int) -> None:
+        if n <= _LEAF:
+            found.append([start + n, 0])
+            return
+        half = n // 2 - (n // 2) % 8
+        split(start, half)
+        split(start + half, n - half)
+        found[-1][1] += 1
+
+    split(0, width)
+    return np.array(found, np.int64).reshape(-1, 2)
