@@ -4,10 +4,12 @@ Two dry forwards of different sizes give the memory that a batch takes at all an
 experts' workspace, rows on their way out. What is left of the device then says how many tokens fit.
 """
 
+import fcntl
 import json
-import os
+import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,11 @@ from torch import nn
 from capture.components import ComponentTable
 from capture.forward import run_batch
 from capture.staging import Staging
+from datastore.storage import write_atomic
 
 __all__ = ["Measured", "batch_tokens", "measure", "recall", "remember"]
+
+LOG = logging.getLogger("capture")
 
 SIZES = (2048, 8192)
 """Tokens of the two dry forwards, in sequences of `SEQUENCE`."""
@@ -113,27 +118,57 @@ def batch_tokens(measured: Measured, *, host_bytes: int | None = None) -> int:
 
 def recall(key: Mapping[str, Any], *, directory: Path | None = None) -> int | None:
     """Return the budget that was remembered under this key, or None."""
-    try:
-        one = json.loads(_file(directory).read_text()).get(_name(key))
-        return int(one["batch_tokens"]) if one else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    return _tokens(_read(_file(directory)).get(_name(key)))
 
 
 def remember(key: Mapping[str, Any], measured: Measured, *, directory: Path | None = None) -> int:
-    """Remember and return the budget of what was measured; where nothing can be written it is only returned."""
-    path, found, tokens = _file(directory), dict[str, Any](), batch_tokens(measured)
+    """Remember the budget of what was measured, unless another process did so first, and return the one that counts.
+
+    Processes that measure at the same moment may find different numbers, and parts of one capture must have one: the
+    first that writes decides. Where nothing can be written, one's own is returned with a warning.
+    """
+    path, tokens = _file(directory), batch_tokens(measured)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            found = dict(json.loads(path.read_text()))
-        found[_name(key)] = {"batch_tokens": tokens, **asdict(measured)}
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(found, indent=1))
-        aside.rename(path)
-    except (OSError, ValueError):
-        pass
+        with _locked(path):
+            found = _read(path)
+            earlier = _tokens(found.get(_name(key)))
+            if earlier is not None:
+                return earlier
+            write_atomic(
+                path, json.dumps({**found, _name(key): {"batch_tokens": tokens, **asdict(measured)}}, indent=1).encode()
+            )
+    except OSError as error:
+        LOG.warning(
+            "the token budget %d can't be remembered in %s (%s), so parts of one capture may find different ones; give "
+            "each the same --batch-tokens, or set HF_HOME to a directory that can be written",
+            tokens,
+            path,
+            error.strerror,
+        )
     return tokens
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock beside a file, which the system releases when the process dies."""
+    with path.with_name(f"{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What is remembered; nothing where the file is absent or damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _tokens(one: Any) -> int | None:
+    found = one.get("batch_tokens") if isinstance(one, dict) else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _file(directory: Path | None) -> Path:

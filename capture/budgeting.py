@@ -1,6 +1,7 @@
-"""The token budget of a request: what was asked for, what was measured before, or what is measured now on a GPU."""
+"""The token budget of a request: asked for, that of the plan it goes on with, remembered, or measured now on a GPU."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch import nn
 
 from capture import budget
 from capture.components import ComponentTable
-from capture.request import Request
+from capture.request import Request, plans_of
+from datastore.planning import PlanFile, plans_directory, read_plan
 
 __all__ = ["budget_key", "with_budget"]
 
@@ -21,6 +23,9 @@ def with_budget(
 ) -> Request:
     """Give a request a measured token budget where it runs on a GPU and names none.
 
+    Processes that carry out parts of one request get one budget, whatever each of them measures: that of the plan which
+    lies beside the store, else the one that the first of them remembered. Their HF_HOME must be the same directory.
+
     Parameters
     ----------
     request : Request
@@ -29,28 +34,49 @@ def with_budget(
     source : callable
         Loads the model; called only where nothing was measured before.
     """
-    settings = request.settings
-    if settings.batch_tokens is not None or settings.device == "cpu" or not torch.cuda.is_available():
+    if request.settings.batch_tokens is not None or not _is_measured(request.settings.device):
         return request
     key = budget_key(request, provenance)
-    tokens = budget.recall(key)
+    tokens = _begun(request, provenance) or budget.recall(key)
     if tokens is None:
         model, table = source()
         found = budget.measure(model, table, layers=request.layers, components=request.components)
         tokens = budget.remember(key, found)
-    return replace(request, settings=replace(settings, batch_tokens=tokens))
+    return _at(request, tokens)
 
 
 def budget_key(request: Request, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What a measured budget depends on."""
     model, environment = provenance["model"], provenance["environment"]
     return {
-        **{
-            name: model.get(name) for name in ("name", "revision", "weights_sha256", "dtype", "adapter", "quantization")
-        },
+        **{name: model.get(name) for name in _MODEL},
         "attention": provenance["settings"]["attn_implementation"],
         "device": environment["device"],
         "versions": {name: environment["versions"].get(name) for name in ("torch", "transformers")},
         "layers": list(request.layers),
         "components": list(request.components),
     }
+
+
+def _is_measured(device: str) -> bool:
+    """Whether memory is measured there; on the CPU the budget depends on the model alone."""
+    return device != "cpu" and torch.cuda.is_available()
+
+
+def _at(request: Request, tokens: int) -> Request:
+    return replace(request, settings=replace(request.settings, batch_tokens=tokens))
+
+
+def _begun(request: Request, provenance: Mapping[str, Any]) -> int | None:
+    """The budget of the oldest unfinished plan that is of this request but for the budget."""
+    plans, asked = list[PlanFile](), {one.rollout_id for one in request.rollouts}
+    for file in plans_directory(request.store).glob("*/plan.json"):
+        with suppress(OSError, ValueError):  # another process commits it now, or wrote it otherwise
+            plans.append(read_plan(file.parent))
+    for one in sorted(plans, key=lambda plan: (plan.created, plan.request)):
+        if not asked.issuperset(one.rollout_ids):
+            continue
+        again = plans_of(_at(request, one.batch_tokens), provenance)
+        if any(plan.request == one.request for plan in again):
+            return one.batch_tokens
+    return None

@@ -66,7 +66,7 @@ class Roots:
         return Target(
             tree=tree.root,
             variant=variant,
-            model=_model(tree, variant),
+            model=tree.model(variant),
             lora=chosen.lora,
             store=self._store(order, tree, variant),
         )
@@ -110,13 +110,6 @@ class Roots:
         if not found.is_relative_to(root) or found == root:
             raise OutsideError(f"{what} leads out of the directory that this server was given, so it is refused")
         return found
-
-
-def _model(tree: Experiment, variant: str) -> str:
-    """A variant's model: the Hub's name, or its directory where the tree itself has one of that name."""
-    named = tree.variants[variant].model
-    inside = tree.root / named
-    return str(inside) if (inside / "config.json").is_file() else named
 
 
 def missing_ids(target: Target, order: CaptureOrder) -> list[str]:
