@@ -64,7 +64,7 @@ FULL = Sizes(
     },
     batch_tokens=16_384,
     rollout_tokens=1024,
-    batches={1: 8, 9: 4, 0: 2},
+    batches={1: 8, 9: 8, 0: 3},
     copy_layers=32,
     kimi={
         **_LATENT,
