@@ -7,8 +7,7 @@ is known of the rollout. Import reads all of them back.
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from capture.errors import RequestError
+from capture.pouring import Wanted, arrays_of, pour
 from datastore import storage
 from datastore.query import Store
 from datastore.tables import token_texts
 from datastore.writebehind import WriteBehind
 from experiments.rawfile import whole
 from experiments.rawfiles import write_raw
+from experiments.rawfill import Filling
 from experiments.responsefile import response_record
 
 __all__ = ["Export", "carry_out", "plan_of", "record_of"]
@@ -145,30 +146,64 @@ def carry_out(
     ExperimentError
         An activation file is there.
     """
-    kept = 0
     directory.mkdir(parents=True, exist_ok=True)
-    spans = {str(name): group for name, group in store.annotations.groupby("rollout_id")}
-    behind = WriteBehind(depth=1)
-    with ThreadPoolExecutor(2, thread_name_prefix="export-read") as ahead, closing(behind):
-        reading: list[Future[dict[tuple[str, int], NDArray[Any]]]] = []
-        for number, one in enumerate(exports):
-            # The next two rollouts are decoded while this one is written.
-            reading += [ahead.submit(_values, store, later) for later in exports[len(reading) : number + 3]]
-            record = record_of(store, one.rollout_id, spans.get(one.rollout_id), stem=one.path.stem)
-            one.path.parent.mkdir(parents=True, exist_ok=True)
-            if one.response is not None:
-                record, left_out = _with_prompt(store, one.rollout_id, record)
-                kept += not _write_new(one.response, record)
-                record["left_out"] = left_out
-            write_raw(one.path, reading[number].result(), record, overwrite=overwrite)
-            reading[number] = Future()  # its rows are not held any longer
-            behind.push(os.open(one.path, os.O_RDONLY), one.path)
+    job = _Job(store, overwrite=overwrite)
+    write = _poured if exports[0].path.suffix == ".pt" else _one_by_one
+    with closing(WriteBehind(depth=2)) as behind, closing(write(job, exports)) as files:
+        for number, (descriptor, path) in enumerate(files):
+            behind.push(descriptor, path)
             tick(number + 1, len(exports))
         behind.drain()
     if exports[0].response is not None:
         _write_new(directory / "config.json", _config(store, variant))
     storage.sync_files(directory)
-    return kept
+    return job.kept
+
+
+class _Job:
+    """What the files of one export share.
+
+    Attributes
+    ----------
+    kept : int
+        Response files that were there already.
+    """
+
+    def __init__(self, store: Store, *, overwrite: bool) -> None:
+        self.store, self.overwrite, self.kept = store, overwrite, 0
+        self._spans = {str(name): group for name, group in store.annotations.groupby("rollout_id")}
+
+    def begin(self, one: Export) -> dict[str, Any]:
+        """Make a file's directory and write the response file beside; return the rollout's record."""
+        record = record_of(self.store, one.rollout_id, self._spans.get(one.rollout_id), stem=one.path.stem)
+        one.path.parent.mkdir(parents=True, exist_ok=True)
+        if one.response is not None:
+            record, left_out = _with_prompt(self.store, one.rollout_id, record)
+            self.kept += not _write_new(one.response, record)
+            record["left_out"] = left_out
+        return record
+
+
+def _poured(job: _Job, exports: Sequence[Export]) -> Generator[tuple[int, Path], None, None]:
+    """Write `.pt` files; yield each one's open descriptor and path."""
+    cells = job.store.cells
+
+    def laid_out(wanted: Wanted) -> Filling:
+        one = by_id[wanted.rollout_id]
+        return Filling(one.path, arrays_of(cells, wanted), job.begin(one), overwrite=job.overwrite)
+
+    by_id = {one.rollout_id: one for one in exports}
+    asked = [Wanted(rollout_id=one.rollout_id, cells=one.cells) for one in exports]
+    with closing(pour(cells, asked, laid_out=laid_out)) as files:
+        for file in files:
+            yield file.finish(), file.path
+
+
+def _one_by_one(job: _Job, exports: Sequence[Export]) -> Generator[tuple[int, Path], None, None]:
+    """Write files of the forms that are written from memory; yield each one's open descriptor and path."""
+    for one in exports:
+        write_raw(one.path, _values(job.store, one), job.begin(one), overwrite=job.overwrite)
+        yield os.open(one.path, os.O_RDONLY), one.path
 
 
 def _with_prompt(store: Store, rollout_id: str, record: Mapping[str, Any]) -> tuple[dict[str, Any], int]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from experiments.errors import ExperimentError
 
-__all__ = ["DTYPES", "Array", "RawFile", "Rows", "checked", "integers", "named", "whole"]
+__all__ = ["DTYPES", "Array", "RawFile", "Rows", "checked", "integers", "named", "publish", "staged_for", "whole"]
 
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 MOST_LAYER = 100_000
@@ -93,21 +93,39 @@ class RawFile:
 @contextmanager
 def whole(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a temporary path beside `path` that takes its place when the block ends well."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".writing{path.suffix}", dir=path.parent)
-    os.close(handle)
-    staged = Path(name)
+    staged = staged_for(path)
     try:
         yield staged
-        os.chmod(staged, 0o666 & ~_umask())
-        if overwrite:
-            os.replace(staged, path)
-        else:
-            os.link(staged, path)  # unlike a rename, it fails where a file is
-    except FileExistsError:
-        raise ExperimentError(f"{path} is there already and was left as it is; --replace writes it anew") from None
+        publish(staged, path, overwrite=overwrite)
     finally:
         with suppress(FileNotFoundError):
             staged.unlink()
+
+
+def staged_for(path: Path) -> Path:
+    """Make an empty file beside `path`, which nobody takes for finished."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".writing{path.suffix}", dir=path.parent)
+    os.close(handle)
+    return Path(name)
+
+
+def publish(staged: Path, path: Path, *, overwrite: bool) -> None:
+    """Let a file made by `staged_for` appear as `path`.
+
+    Raises
+    ------
+    ExperimentError
+        A file is there and must not be written over.
+    """
+    os.chmod(staged, 0o666 & ~_umask())
+    if overwrite:
+        os.replace(staged, path)
+        return
+    try:
+        os.link(staged, path)  # unlike a rename, it fails where a file is
+    except FileExistsError:
+        raise ExperimentError(f"{path} is there already and was left as it is; --replace writes it anew") from None
+    staged.unlink()
 
 
 def _umask() -> int:

@@ -9,7 +9,7 @@ What a file may name is scanned before anything is unpickled: `weights_only` alo
 import hashlib
 import pickletools
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from experiments.errors import ExperimentError
 from experiments.jsonfile import MAX_BYTES
 from experiments.rawfile import Array, RawFile, Rows, checked, integers
 
-__all__ = ["read", "write"]
+__all__ = ["parts_of", "read", "write"]
 
 PARTS = ("prompt", "response")
 _NAMES = frozenset(
@@ -80,14 +80,25 @@ def write(path: Path, arrays: Mapping[tuple[str, int], NDArray[Any]], record: Ma
     """
     import torch  # seconds to load, and only this form needs it
 
+    parts = parts_of(arrays, record, lambda cell, rows: _tensor(arrays[cell][rows]))
+    torch.save(parts, path)
+
+
+def parts_of(
+    cells: Iterable[tuple[str, int]], record: Mapping[str, Any], tensor: Callable[[tuple[str, int], slice], Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the dictionary of a file; `tensor(cell, rows)` gives the tensors, called in the order in which they lie.
+
+    Rows count from the first token that has any.
+    """
     cut, n, left_out = record["prompt_end"], len(record["token_ids"]), record.get("left_out", 0)
     parts: dict[str, dict[str, Any]] = {}
     for part, (start, stop) in zip(PARTS, ((0, cut), (cut, n)), strict=True):
         activations: dict[int, dict[str, Any]] = {}
-        for (component, layer), values in sorted(arrays.items(), key=lambda item: (item[0][1], item[0][0])):
+        for component, layer in sorted(cells, key=lambda cell: (cell[1], cell[0])):
             if stop > left_out or not left_out:  # else the part has tokens and no rows
-                rows = values[max(start - left_out, 0) : max(stop - left_out, 0)]
-                activations.setdefault(layer, {})[component] = _tensor(rows)
+                rows = slice(max(start - left_out, 0), max(stop - left_out, 0))
+                activations.setdefault(layer, {})[component] = tensor((component, layer), rows)
         parts[part] = {
             "text": record.get(part) or "",
             "tokens": list(record["tokens"][start:stop]),
@@ -95,7 +106,7 @@ def write(path: Path, arrays: Mapping[tuple[str, int], NDArray[Any]], record: Ma
             "activations": activations,
             "attention": {} if part == "prompt" else [],
         }
-    torch.save(parts, path)
+    return parts
 
 
 def _tensor(values: NDArray[Any]) -> Any:
