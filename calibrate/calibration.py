@@ -171,14 +171,13 @@ class _Table:
         every = [one.total.finalise() for one in self.found]
         stacked = {name: np.stack([one[name] for one in every]) for name in every[0]}
         mean, mean_abs, max_abs = stacked["mean"], stacked["mean_abs"], stacked["max_abs"]
-        ranked = formulas.peak_dims(max_abs, mean_abs, top_k=mean.shape[1], threshold=self.threshold)
-        ratio, massive = np.empty_like(mean), np.empty(mean.shape, np.bool_)
-        np.put_along_axis(ratio, ranked.dims, ranked.ratio, -1)
-        np.put_along_axis(massive, ranked.dims, ranked.massive, -1)
+        ratio = formulas.peak_ratio(max_abs)
+        massive = (ratio > self.threshold) & (max_abs > 0)
         base, relative, cv = formulas.dim_spread(mean_abs, stacked["rms"])
         top = formulas.largest(np.abs(mean), top_k)
         cosine = np.append(formulas.consecutive_cosine(mean), np.nan)
         self.tracked = np.unique(np.concatenate([top.reshape(-1), np.flatnonzero(massive.any(axis=0))]))
+        peaked = formulas.largest(max_abs, top_k)
         results: list[tuple[str, tuple[str, ...], Any, str]] = [
             ("count", _HIDDEN, stacked["count"].astype(np.int64), "tokens whose element is finite"),
             ("nonfinite", _HIDDEN, stacked["nonfinite"].astype(np.int64), "tokens whose element is not finite"),
@@ -188,7 +187,7 @@ class _Table:
             ("max_abs", _HIDDEN, max_abs, "largest magnitude"),
             ("peak_ratio", _HIDDEN, ratio, "largest magnitude over that of the median dimension"),
             ("massive", _HIDDEN, massive, f"peak_ratio above {self.threshold:g}"),
-            ("peak_dims", _RANKED, ranked.dims[:, :top_k], "dimensions of the largest magnitude, largest first"),
+            ("peak_dims", _RANKED, peaked, "dimensions of the largest magnitude, largest first"),
             ("top_dims", _RANKED, top, "dimensions of the largest |mean|, largest first"),
             ("dim_magnitude", _HIDDEN, formulas.dim_magnitude(mean), "|mean| over its mean over dimensions"),
             ("dim_base", _LAYER, base, "mean magnitude of the median dimension"),
@@ -251,7 +250,8 @@ class _Table:
         for name, values in spread.items():
             what = f"{name} of the tokens' cosines with their mean"
             self.add(f"alignment_{name}", _ALIGNED, values, source=PASS, what=what)
-        median = np.array([one.median for one in looked])
+        totals = self.variables["count"].values.sum(axis=1).tolist()
+        median = np.array([one.magnitudes.median(n) for one, n in zip(looked, totals, strict=True)], np.float64)
         peaks = self.variables["max_abs"].values
         self.add("magnitude_median", _LAYER, median, source=PASS, what="median magnitude of all elements")
         what = "max_abs above 100 and above 1000 x magnitude_median (Sun et al. 2024)"

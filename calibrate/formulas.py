@@ -27,11 +27,13 @@ __all__ = [
     "dim_spread",
     "largest",
     "lower_median",
+    "magnitude_bits",
     "magnitude_counts",
     "magnitude_median",
     "mean_alignment",
     "norm_quantiles",
     "peak_dims",
+    "peak_ratio",
     "percentiles",
     "recommended_dims",
     "share_above",
@@ -108,9 +110,7 @@ def peak_dims(max_abs: ArrayLike, mean_abs: ArrayLike, *, top_k: int = 5, thresh
     peaks, means = np.asarray(max_abs, np.float64), np.asarray(mean_abs, np.float64)
     dims = largest(peaks, top_k)
     peak = np.take_along_axis(peaks, dims, -1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = peak / lower_median(peaks)[..., None]
-    ratio = np.where((peak == 0) & np.isnan(ratio), np.inf, ratio)
+    ratio = _over_median(peak, lower_median(peaks))
     return PeakDims(
         dims=dims,
         peak=peak,
@@ -118,6 +118,18 @@ def peak_dims(max_abs: ArrayLike, mean_abs: ArrayLike, *, top_k: int = 5, thresh
         ratio=ratio,
         massive=(ratio > threshold) & (peak > 0),
     )
+
+
+def peak_ratio(max_abs: ArrayLike) -> Floats:
+    """max|h_d| over its lower median over dimensions, infinite where that is 0. Follows from moments."""
+    peaks = np.asarray(max_abs, np.float64)
+    return _over_median(peaks, lower_median(peaks))
+
+
+def _over_median(peaks: Floats, median: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = peaks / median[..., None]
+    return np.where((peaks == 0) & np.isnan(ratio), np.inf, ratio)
 
 
 def above_peak_threshold(max_abs: ArrayLike, median_magnitude: ArrayLike) -> NDArray[np.bool_]:
@@ -204,16 +216,19 @@ def magnitude_counts(values: NDArray[Any]) -> NDArray[np.int64]:
     counts = np.zeros(_MAGNITUDES, np.int64)
     flat = np.ascontiguousarray(values).reshape(-1)
     for start in range(0, flat.size, _TILE):
-        counts += np.bincount(_magnitude_bits(flat[start : start + _TILE]), minlength=_MAGNITUDES)
+        counts += np.bincount(magnitude_bits(flat[start : start + _TILE]), minlength=_MAGNITUDES)
     counts[0x7F80:] = 0
     return counts
 
 
-def _magnitude_bits(values: NDArray[Any]) -> NDArray[np.uint16]:
+def magnitude_bits(values: NDArray[Any], out: NDArray[np.uint16] | None = None) -> NDArray[np.uint16]:
+    """Return the upper 15 magnitude bits of every element's float32 form, which order as magnitudes do."""
     if values.dtype == ml_dtypes.bfloat16:
-        return values.view(np.uint16) & np.uint16(0x7FFF)
-    wide = np.asarray(upcast(values), np.float32)
-    return (wide.view(np.uint32) >> 16).astype(np.uint16) & np.uint16(0x7FFF)
+        return np.bitwise_and(values.view(np.uint16), np.uint16(0x7FFF), out=out)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 counts as not finite
+        wide = np.ascontiguousarray(upcast(values), np.float32)
+    upper = (wide.view(np.uint32) >> 16).astype(np.uint16)
+    return np.bitwise_and(upper, np.uint16(0x7FFF), out=out)
 
 
 def magnitude_median(counts: NDArray[np.int64]) -> float:

@@ -1,22 +1,26 @@
 """Every layer's statistics: from what was kept at capture, and by tasks for rows of which nothing fitting was kept."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.formulas import largest, norm_quantiles
+from calibrate.magnitudes import ALL, Window, window_around
 from calibrate.passes import Columns, Details
-from calibrate.rows import Kept
+from calibrate.rows import Kept, Run
 from calibrate.selected import Flags, Selected
-from calibrate.tasks import TASK_BYTES, Job, LookTask, RowSums, Runner, Summing, SumTask, cut
+from calibrate.tasks import TASK_BYTES, Job, LookTask, RowSums, Runner, SampleTask, Summing, SumTask, cut
 from datastore.errors import MisuseError
 from datastore.stats import Moments
 
 __all__ = ["QUANTILES", "LayerSums", "look_layers", "sum_layers"]
 
 Floats = NDArray[np.float64]
+SAMPLES, SAMPLE_TOKENS = 6, 32
+SAMPLED_FROM = 1 << 13
+"""Tokens from which on a sample, which reads as many chunks, is worth its time."""
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 
@@ -176,7 +180,6 @@ def look_layers(
         By layer, with keys (row, segment) that count the rows of all sources end to end.
     """
     selected, memory = job.selected, job.settings.memory // 8
-    found = {layer: Details.empty(Columns(dims, memory=memory)) for layer in selected.layers}
     cuts = {"nbytes": nbytes, "segments": max(1, memory // (8 * selected.width))}
     tasks = [
         task
@@ -184,9 +187,49 @@ def look_layers(
         for source in range(len(selected.sources))
         for task in _look_tasks(selected, layer, source, dims=dims, sums=one.sources[source], cuts=cuts)
     ]
-    for task, part in zip(tasks, run(job, tasks), strict=True):
-        found[task.layer].merge(part, first=selected.part(task.source).start)
-    return list(found.values())
+    found: dict[int, Details] = {}
+    windows = _windows(job, run)
+    while windows:
+        empty = {layer: Details.empty(Columns(dims, memory=memory), window=one) for layer, one in windows.items()}
+        found |= empty
+        due = [replace(task, window=windows[task.layer]) for task in tasks if task.layer in windows]
+        for task, part in zip(due, run(job, due), strict=True):
+            found[task.layer].merge(part, first=selected.part(task.source).start)
+        totals = {layer: int(one.total.count.sum()) for layer, one in zip(selected.layers, sums, strict=True)}
+        windows = {layer: ALL for layer in windows if found[layer].magnitudes.median(totals[layer]) is None}
+    return [found[layer] for layer in selected.layers]
+
+
+def _windows(job: Job, run: Runner) -> dict[int, Window]:
+    """Return for each layer where its median magnitude is looked for; a sample of a small selection gains nothing."""
+    selected, medians = job.selected, {layer: list[int]() for layer in job.selected.layers}
+    if selected.tokens >= SAMPLED_FROM:
+        runs = _spread_out(selected)
+        tasks = [
+            SampleTask(layer=layer, source=source, runs=mine)
+            for layer in selected.layers
+            for source, mine in enumerate(runs)
+            if mine
+        ]
+        for task, found in zip(tasks, run(job, tasks), strict=True):
+            medians[task.layer] += found
+    return {layer: window_around(found) for layer, found in medians.items()}
+
+
+def _spread_out(selected: Selected) -> list[tuple[Run, ...]]:
+    """Return short runs spread evenly over all tokens that are pooled, by source."""
+    rollouts, segments = np.nonzero(selected.pooled)
+    lengths = selected.counts[rollouts, segments]
+    edges = np.cumsum(lengths)
+    runs: list[list[Run]] = [[] for _ in selected.sources]
+    for token in ((np.arange(SAMPLES) + 0.5) / SAMPLES * edges[-1]).astype(np.int64).tolist():
+        at = int(np.searchsorted(edges, token, side="right"))
+        source = next(i for i in reversed(range(len(runs))) if selected.part(i).start <= rollouts[at])
+        before = int(selected.counts[rollouts[at], : segments[at]].sum())
+        first = min(token - int(edges[at] - lengths[at]), max(0, int(lengths[at]) - SAMPLE_TOKENS)) + before
+        last = min(first + SAMPLE_TOKENS, before + int(lengths[at]))
+        runs[source].append((int(rollouts[at]) - selected.part(source).start, first, last))
+    return [tuple(mine) for mine in runs]
 
 
 def _look_tasks(
@@ -202,6 +245,7 @@ def _look_tasks(
             tokens=int(counts[rows].sum()),
             dims=dims,
             means={key: mean for key, mean in sums.means.items() if key[0] in set(rows)},
+            window=ALL,
         )
         for rows in cut(origin, layer, selected.rows(source), **cuts)
     ]

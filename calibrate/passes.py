@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from calibrate.formulas import Spread, magnitude_counts, magnitude_median
+from calibrate.formulas import Spread
+from calibrate.magnitudes import ALL, Magnitudes, Window
 from calibrate.rows import Piece, Rows
+from calibrate.scratch import scratch
 from calibrate.selected import Flags
 from datastore.dtype import upcast
 from datastore.errors import MisuseError
@@ -29,7 +31,6 @@ Floats = NDArray[np.float64]
 PERCENTILES = (1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0)
 ABOVE = 10.0
 """Times the median dimension's mean magnitude that a token must exceed to be counted in the share above it."""
-_TILE_ROWS = 16
 _FOLD, _TABLE_BYTES = 1 << 20, 8 << 15
 """Values are counted when they take more memory than that, or than the counts do."""
 
@@ -89,31 +90,26 @@ class Details:
     ----------
     spreads : mapping of (row, segment) to Spread
         Of the cosines of the segment's tokens with its mean, tokens that are not finite left out.
-    magnitude_counts : int64 array (32768,)
+    magnitudes : Magnitudes
         Of the elements that are pooled.
     columns : Columns
         Of the dimensions that are tracked, over the tokens that are pooled.
     """
 
     spreads: dict[Key, Spread]
-    magnitude_counts: NDArray[np.int64]
+    magnitudes: Magnitudes
     columns: "Columns"
 
     @classmethod
-    def empty(cls, columns: "Columns") -> Self:
-        """What is found in no token."""
-        return cls(spreads={}, magnitude_counts=np.zeros(1 << 15, np.int64), columns=columns)
+    def empty(cls, columns: "Columns", *, window: Window = ALL) -> Self:
+        """What is found in no token; magnitudes are to be counted in a window."""
+        return cls(spreads={}, magnitudes=Magnitudes.none(window), columns=columns)
 
     def merge(self, other: "Details", *, first: int) -> None:
         """Add what was found in other rows, which count from `first` here."""
         self.spreads.update({(first + row, segment): spread for (row, segment), spread in other.spreads.items()})
-        self.magnitude_counts[...] += other.magnitude_counts
+        self.magnitudes.merge(other.magnitudes)
         self.columns.merge(other.columns)
-
-    @property
-    def median(self) -> float:
-        """Lower median of |h_td| over all elements that are pooled."""
-        return magnitude_median(self.magnitude_counts)
 
 
 def details(
@@ -142,15 +138,17 @@ def details(
     """
     dims = into.columns.dims
 
-    def work(values: NDArray[Any], pieces: list[Piece]) -> tuple[list[tuple[Key, Spread]], Any, list[NDArray[Any]]]:
-        spreads, counts, columns = [], np.zeros(len(into.magnitude_counts), np.int64), []
+    def work(
+        values: NDArray[Any], pieces: list[Piece]
+    ) -> tuple[list[tuple[Key, Spread]], Magnitudes, list[NDArray[Any]]]:
+        spreads, counts, columns = [], Magnitudes.none(into.magnitudes.window), []
         for piece in pieces:
             key, part = (piece.row, piece.segment), values[piece.rows]
             if wanted[key]:
                 mean = means[key] if key in means else _mean(part, whole=piece.whole)
                 spreads.append((key, Spread.of(_cosines(part, mean))))
             if pooled[key]:
-                counts += magnitude_counts(part)
+                counts.add(part)
                 columns.append(_columns(part, dims))
         return spreads, counts, columns
 
@@ -159,7 +157,7 @@ def details(
             tick(tokens)
             for key, spread in spreads:
                 into.spreads[key] = into.spreads.get(key, Spread()) + spread
-            into.magnitude_counts[...] += counts
+            into.magnitudes.merge(counts)
             for part in columns:
                 into.columns.add(part)
 
@@ -172,18 +170,19 @@ def _mean(values: NDArray[Any], *, whole: bool) -> Floats:
 def _cosines(values: NDArray[Any], mean: Floats) -> Floats:
     """Cosines of tokens with a mean, 0 for a token of zeros; a few rows at a time, so that they stay in the cache."""
     unit = mean / (np.linalg.norm(mean) or 1.0)
-    found = np.empty(len(values))
-    narrow = np.empty((_TILE_ROWS, values.shape[1]), np.float64 if values.dtype == np.float64 else np.float32)
-    wide = np.empty((_TILE_ROWS, values.shape[1]))
-    for start in range(0, len(values), _TILE_ROWS):
-        tile = values[start : start + _TILE_ROWS]
-        wide[: len(tile)] = upcast(tile, out=narrow[: len(tile)])
-        rows = wide[: len(tile)]
-        with np.errstate(all="ignore"):
-            cosines = (rows @ unit) / np.sqrt(np.einsum("ij,ij->i", rows, rows))
-        zero = ~rows.any(axis=1) if np.isnan(cosines).any() else np.zeros(len(tile), np.bool_)
-        found[start : start + len(tile)] = np.where(zero, 0.0, cosines)
-    return found[np.isfinite(found)]
+    along, squares = np.empty(len(values)), np.empty(len(values))
+    wide = scratch("wide", values.shape[1], np.float64)
+    with np.errstate(all="ignore"):
+        for start in range(0, len(values), len(wide)):
+            tile = values[start : start + len(wide)]
+            rows, part = wide[: len(tile)], slice(start, start + len(tile))
+            np.copyto(rows, tile)  # exact from every stored dtype
+            np.matmul(rows, unit, out=along[part])
+            np.vecdot(rows, rows, out=squares[part])
+        cosines: Floats = along / np.sqrt(squares)
+    unknown = np.flatnonzero(np.isnan(cosines))
+    cosines[unknown[~values[unknown].any(axis=1)]] = 0.0
+    return cosines[np.isfinite(cosines)]
 
 
 def _columns(values: NDArray[Any], dims: NDArray[np.int64]) -> NDArray[Any]:

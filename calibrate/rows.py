@@ -15,17 +15,22 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
+from xarray.core import indexing
 
 import datastore
+from datastore.axis import Axis
 from datastore.errors import AbsentError, MisuseError
+from datastore.lazy import ComponentArray, NormArray
 from datastore.schema import SEGMENTS
 from datastore.stats import Moments
 from datastore.stream import Block, Span
 
-__all__ = ["ArrayRows", "Kept", "Piece", "Rows", "StoreRows"]
+__all__ = ["ArrayRows", "Kept", "Piece", "Rows", "Run", "StoreRows"]
 
 R = TypeVar("R")
 Work = Callable[[NDArray[Any], "list[Piece]"], R]
+Run = tuple[int, int, int]
+"""A row, and the first and the last position (half-open) in its rollout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,9 @@ class Rows(Protocol):
 
     def norms(self, layer: int, rows: Sequence[int]) -> NDArray[np.float32]:
         """Return the norms kept for the tokens of some rows, end to end."""
+
+    def peek(self, layer: int, runs: Sequence[Run]) -> list[NDArray[Any]]:
+        """Return the values of short runs of tokens, each by itself; none where that is no quicker than a pass."""
 
     def map(self, work: Work[R], layer: int, rows: Sequence[int], *, memory: int) -> Iterator[tuple[int, R]]:
         """Call `work` on every block of some rows' tokens; yield tokens and result in a fixed order."""
@@ -141,7 +149,6 @@ class StoreRows:
         self._counts = self.table[["prompt", "response"]].to_numpy(np.int64)
         spec = store.cells.components[component]
         self.width, self.itemsize = spec.width, spec.itemsize
-        self._norms: tuple[list[int], xr.DataArray] | None = None  # lazy, of all layers
 
     def unkept(self, layer: int, rows: Sequence[int]) -> list[int]:
         """Return those of some rows of which nothing was kept by themselves."""
@@ -176,11 +183,20 @@ class StoreRows:
 
     def norms(self, layer: int, rows: Sequence[int]) -> NDArray[np.float32]:
         """Return the norms kept for the tokens of some rows, end to end."""
-        if self._norms is None or self._norms[0] != list(rows):
-            names = [self.ids[row] for row in rows]
-            self._norms = list(rows), self.store.norms(self.component, rollouts=names, layers=self.layers)
-        values: NDArray[np.float32] = self._norms[1][:, self.layers.index(layer)].values
+        places = np.array([self.store.cells.index[self.ids[row]] for row in rows], np.int64)
+        axis = Axis.of(places, np.zeros_like(places), self._counts[list(rows)].sum(axis=1))
+        array = NormArray(self.store.cells, self.component, layers=[layer], axis=axis)
+        values: NDArray[np.float32] = array[indexing.BasicIndexer((slice(None), 0))]
         return values
+
+    def peek(self, layer: int, runs: Sequence[Run]) -> list[NDArray[Any]]:
+        """Return the values of short runs of tokens, each by itself, read from the chunks that hold them."""
+        places = np.array([self.store.cells.index[self.ids[row]] for row, _, _ in runs], np.int64)
+        bounds = np.array([run[1:] for run in runs], np.int64).reshape(len(runs), 2)
+        axis = Axis(places, bounds[:, 0], bounds[:, 1])
+        array = ComponentArray(self.store.cells, self.component, layers=[layer], axis=axis)
+        values = array[indexing.BasicIndexer((slice(None), 0, slice(None)))]
+        return [values[low:high] for low, high in pairwise(axis.edges.tolist())]
 
     def map(self, work: Work[R], layer: int, rows: Sequence[int], *, memory: int) -> Iterator[tuple[int, R]]:
         """Call `work` in the threads that decode; yield tokens and result in the order of captures and tokens."""
@@ -277,6 +293,10 @@ class ArrayRows:
     def norms(self, layer: int, rows: Sequence[int]) -> NDArray[np.float32]:
         """Return no norms, for no row."""
         return np.zeros(0, np.float32)
+
+    def peek(self, layer: int, runs: Sequence[Run]) -> list[NDArray[Any]]:
+        """Return nothing: what a piece of an array costs to make is not known here."""
+        return []
 
     def map(self, work: Work[R], layer: int, rows: Sequence[int], *, memory: int) -> Iterator[tuple[int, R]]:
         """Call `work` on runs of tokens, as many at a time as the allowance holds."""

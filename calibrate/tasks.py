@@ -13,12 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.formulas import mean_alignment, peak_dims
+from calibrate.magnitudes import Window, median_bits
 from calibrate.passes import Columns, Details, Key, Tick, details, sums
-from calibrate.rows import Rows
+from calibrate.rows import Rows, Run
 from calibrate.selected import Flags, Selected
 from datastore.stats import Moments
 
-__all__ = ["Job", "LookTask", "RowSums", "Runner", "Settings", "SumTask", "Summing", "Task", "cut", "in_process"]
+__all__ = [
+    "Job",
+    "LookTask",
+    "RowSums",
+    "Runner",
+    "SampleTask",
+    "Settings",
+    "SumTask",
+    "Summing",
+    "Task",
+    "cut",
+    "in_process",
+]
 
 R = TypeVar("R", covariant=True)
 Floats = NDArray[np.float64]
@@ -238,6 +251,29 @@ class SumTask:
         return into
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleTask:
+    """Find the median magnitude of each of a few runs of tokens.
+
+    Attributes
+    ----------
+    layer, source
+    runs : tuple of (row, first, last)
+    tokens : int
+        None: a sample is no part of the pass.
+    """
+
+    layer: int
+    source: int
+    runs: tuple[Run, ...]
+    tokens: int = 0
+
+    def do(self, job: Job, tick: Tick) -> list[int]:
+        """Read the runs; return the codes of their medians."""
+        values = job.selected.sources[self.source].peek(self.layer, self.runs)
+        return [median_bits(one) for one in values if one.dtype == np.float32]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LookTask:
     """Find in some rows what no moments tell.
@@ -250,6 +286,8 @@ class LookTask:
         Dimensions to be tracked.
     means : mapping of (row, segment) to float64 array
         Those that were summed up; those that were kept at capture are read here.
+    window : Window
+        Where the median magnitude is looked for.
     """
 
     layer: int
@@ -258,13 +296,14 @@ class LookTask:
     tokens: int
     dims: NDArray[np.int64]
     means: Mapping[Key, Floats]
+    window: Window
 
     def do(self, job: Job, tick: Tick) -> Details:
         """Read the rows and look."""
         selected, memory = job.selected, job.settings.memory
         here, source = selected.part(self.source), selected.sources[self.source]
         wanted = selected.wanted[here]
-        found = Details.empty(Columns(self.dims, memory=memory // 8))
+        found = Details.empty(Columns(self.dims, memory=memory // 8), window=self.window)
         kept = source.kept(self.layer, self.rows)
         means: dict[Key, Floats] = {
             (row, segment): _directions(moments)[1] for row, segment, moments in kept.by_row if wanted[row, segment]

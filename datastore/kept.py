@@ -1,6 +1,8 @@
 """Statistics as captures kept them, for any rollouts of one component and layer, and what needs a pass over data."""
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -65,16 +67,17 @@ class KeptStatistics:
 
     def __iter__(self) -> Iterator[tuple[str | int, str, Moments]]:
         """Yield rollout id (or capture number), segment and moments; those of no token are left out."""
-        for place, rows in self._rows.items():
-            names = self._cells.captures[place].rollout_ids
-            for row, segment, moments in self._by_rollout(place, rows):
-                yield names[row], segment, moments
-        for place in self._whole:
-            values = {name: self._read(place, name)[:, 0] for name in STATISTICS}
-            for code, segment in enumerate(SEGMENTS):
-                moments = self._moments(place, {name: array[code] for name, array in values.items()})
-                if _any(moments):
-                    yield self._cells.captures[place].number, segment, moments
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="kept") as pool:
+            for place, rows in self._rows.items():
+                names = self._cells.captures[place].rollout_ids
+                for row, segment, moments in self._by_rollout(place, rows, pool):
+                    yield names[row], segment, moments
+            for place in self._whole:
+                values = {name: array[:, 0] for name, array in self._read(place, pool).items()}
+                for code, segment in enumerate(SEGMENTS):
+                    moments = self._moments(place, {name: array[code] for name, array in values.items()})
+                    if _any(moments):
+                        yield self._cells.captures[place].number, segment, moments
         self._cells.check([*self._rows, *self._whole])
 
     def total(self, segment: str | None = None) -> Moments:
@@ -97,24 +100,27 @@ class KeptStatistics:
             total = total + moments
         return total
 
-    def _by_rollout(self, place: int, rows: Ints) -> Iterator[tuple[int, str, Moments]]:
+    def _by_rollout(self, place: int, rows: Ints, pool: Executor) -> Iterator[tuple[int, str, Moments]]:
         path = self._cells.captures[place].path / "stats" / self.component / "sum"
         size = int(storage.array_metadata(path)["chunk_grid"]["configuration"]["chunk_shape"][0])
         for block in np.unique(rows // size).tolist():
             wanted = rows[rows // size == block]
             first, last = int(wanted[0]), int(wanted[-1]) + 1
-            values = {name: self._read(place, name, slice(first, last))[:, :, 0] for name in STATISTICS}
+            values = {name: array[:, :, 0] for name, array in self._read(place, pool, slice(first, last)).items()}
             for row in wanted.tolist():
                 for code, segment in enumerate(SEGMENTS):
                     moments = self._moments(place, {name: array[row - first, code] for name, array in values.items()})
                     if _any(moments):
                         yield row, segment, moments
 
-    def _read(self, place: int, name: str, *rows: slice) -> NDArray[Any]:
+    def _read(self, place: int, pool: Executor, *rows: slice) -> dict[str, NDArray[Any]]:
+        """Return all statistics of some rows, decoded side by side."""
         capture = self._cells.captures[place]
         at, width = capture.layers.index(self.layer), capture.components[self.component].width
         region: Sequence[slice] = (*rows, slice(0, len(SEGMENTS)), slice(at, at + 1), slice(0, width))
-        return storage.read_region(capture.path / "stats" / self.component / name, region)
+        path = capture.path / "stats" / self.component
+        found = pool.map(lambda name: storage.read_region(path / name, region), STATISTICS)
+        return dict(zip(STATISTICS, found, strict=True))
 
     def _moments(self, place: int, values: dict[str, NDArray[Any]]) -> Moments:
         wide = self._cells.captures[place].components[self.component].dtype == "float64"
