@@ -10,12 +10,10 @@ import json
 import math
 import os
 import shutil
-import threading
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.errors import ZarrUserWarning
-from zarr.storage import LocalStore
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore
 
 from datastore.codec import ChunkDecoder, zarr_codecs
 from datastore.dtype import register, zarr_dtype
@@ -37,6 +35,7 @@ from datastore.errors import (
     ReadOnlyError,
 )
 from datastore.plainfile import MOST_ARRAY, read_json, read_plain, read_small, shape_of
+from datastore.plainwrite import consolidated, write_metadata, write_single
 from datastore.schema import FORMAT, FORMAT_VERSION, Codec
 from datastore.writebehind import WriteBehind, libc_function
 
@@ -194,7 +193,7 @@ def check_writable(store: Path, plans: Path) -> None:
 
 def create_group(path: Path, attrs: Mapping[str, Any]) -> None:
     """Create one Zarr group directory with its attributes."""
-    zarr.create_group(LocalStore(path), attributes=dict(attrs))
+    write_metadata(path, {"attributes": dict(attrs), "zarr_format": 3, "node_type": "group"})
 
 
 def set_attributes(path: Path, attrs: Mapping[str, Any]) -> None:
@@ -234,18 +233,31 @@ def create_array(
     attrs: Mapping[str, Any] | None = None,
 ) -> None:
     """Create one array's metadata; floating-point arrays are filled with NaN, all chunks are always written."""
+    document = json.loads(_described(dtype, codec or Codec()))
+    document["shape"] = [int(n) for n in shape]
+    document["chunk_grid"]["configuration"]["chunk_shape"] = [max(1, int(n)) for n in chunks]
+    document["attributes"], document["dimension_names"] = dict(attrs or {}), list(dims)
+    if not dims:
+        del document["dimension_names"]  # as zarr-python has it
+    write_metadata(path, document)
+
+
+@cache
+def _described(dtype: str, codec: Codec) -> bytes:
+    """Return the zarr.json that zarr-python writes for a data type and a codec, of one element without a name."""
     fill: Any = float("nan") if dtype in ("bfloat16", "float16", "float32", "float64") else None
-    zarr.create_array(
-        LocalStore(path),
-        shape=tuple(shape),
+    array = zarr.create_array(
+        MemoryStore(),
+        shape=(1,),
         dtype=zarr_dtype(dtype),
-        chunks=tuple(max(1, c) for c in chunks),
-        dimension_names=list(dims),
+        chunks=(1,),
+        dimension_names=["x"],
         fill_value=fill if fill is not None else ("" if dtype == "string" else 0),
-        attributes=dict(attrs or {}),
+        attributes={},
         filters=None,
-        **zarr_codecs(codec or Codec(), dtype),
+        **zarr_codecs(codec, dtype),
     )
+    return array.metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
 
 
 def write_array(
@@ -256,8 +268,9 @@ def write_array(
     name = "string" if text else str(values.dtype)
     chunks = [min(n, TABLE_CHUNK) for n in values.shape]
     create_array(path, shape=values.shape, dtype=name, chunks=chunks, dims=dims, attrs=attrs)
-    if values.size:
-        zarr_array(path, mode="r+")[...] = values.astype(object) if text else values
+    filled = values.astype(object) if text else values
+    if values.size and not (list(values.shape) == chunks and write_single(path, filled)):
+        zarr_array(path, mode="r+")[...] = filled
 
 
 def zarr_array(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Array[Any]:
@@ -308,20 +321,24 @@ def read_region(path: Path, region: Sequence[slice]) -> NDArray[Any]:
     CorruptError
         A chunk of it is missing or does not decode: absent is never read as the fill value.
     """
-    array, decoder = _opened(path, _mark(path))
+    reader, sizes = _opened(path, _mark(path))
     n_values = math.prod(max(0, part.stop - part.start) for part in region)
     if n_values * 8 > MOST_ARRAY:
         raise CorruptError(f"{path} was asked for {n_values:,} values at once, more than any table or statistic has")
-    sizes = array.shards or array.chunks
     grid = [range(part.start // size, -(-part.stop // size)) for part, size in zip(region, sizes, strict=True)]
-    files = {index: path / array.metadata.encode_chunk_key(index) for index in product(*grid)}
+    files = {
+        index: path / reader.metadata.encode_chunk_key(index)
+        if isinstance(reader, zarr.Array)
+        else chunk_file(path, index)
+        for index in product(*grid)
+    }
     for file in files.values():
         if not file.exists():
             raise CorruptError(f"{file} is missing; what it holds is lost")
     try:
-        if decoder is None:
-            return np.asarray(array[tuple(region)])
-        return _decoded(files, decoder, region=region, sizes=sizes)
+        if isinstance(reader, ChunkDecoder):
+            return _decoded(files, reader, region=region, sizes=sizes)
+        return np.asarray(reader[tuple(region)])
     except Exception as error:
         raise CorruptError(f"{path} does not decode ({error}); what it holds is lost") from error
 
@@ -354,8 +371,8 @@ def _mark(path: Path) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=256)
-def _opened(path: Path, mark: tuple[int, int, int]) -> tuple[zarr.Array[Any], ChunkDecoder | None]:
-    """Open an array once for many regions of it: opening takes longer than reading a small one."""
+def _opened(path: Path, mark: tuple[int, int, int]) -> tuple[zarr.Array[Any] | ChunkDecoder, tuple[int, ...]]:
+    """Return what reads an array, a decoder or zarr-python, and the shape of what a file holds: once for many reads."""
     metadata = array_metadata(path)
     try:
         shape, chunk = shape_of(metadata)
@@ -363,7 +380,11 @@ def _opened(path: Path, mark: tuple[int, int, int]) -> tuple[zarr.Array[Any], Ch
             raise ValueError(f"it claims to be {shape} in chunks of {chunk}")
     except ValueError as error:
         raise CorruptError(f"{path} does not decode ({error}); what it holds is lost") from error
-    return zarr_array(path), ChunkDecoder.of_any(metadata)
+    decoder = ChunkDecoder.of_any(metadata)
+    if decoder is not None:
+        return decoder, tuple(chunk)
+    array = zarr_array(path)
+    return array, array.shards or array.chunks
 
 
 def chunk_file(array: Path, index: Sequence[int]) -> Path:
@@ -449,25 +470,9 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
         sync_file(path.parent)
 
 
-_one_filter = threading.Lock()
-"""The warning filters are the process's own: two threads that change them at once would restore each other's."""
-
-
 def consolidate(path: Path) -> None:
     """Write the consolidated metadata of a group that is complete."""
-    with _one_filter, warnings.catch_warnings():
-        # Consolidated metadata is not in the Zarr v3 specification; every reader that does not know it ignores it.
-        warnings.filterwarnings(
-            "ignore", message="Consolidated metadata is currently not part", category=ZarrUserWarning
-        )
-        zarr.consolidate_metadata(LocalStore(path))
-    file = path / "zarr.json"
-    meta = json.loads(file.read_text())
-    members = meta["consolidated_metadata"]["metadata"]
-    meta["consolidated_metadata"]["metadata"] = dict(
-        sorted(members.items())
-    )  # not in the order of the directory listing
-    write_atomic(file, json.dumps(meta, indent=2).encode())
+    write_atomic(path / "zarr.json", json.dumps(consolidated(path), indent=2).encode())
 
 
 def sync_files(path: Path, descriptor: int | None = None) -> None:
