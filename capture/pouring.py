@@ -101,7 +101,7 @@ def pour(
     places = {capture.number: place for place, capture in enumerate(cells.captures)}
     ahead = ThreadPoolExecutor(1, thread_name_prefix="export-lay-out")
     try:
-        chunks = _chunks(cells, asked, work, lambda one: ahead.submit(laid_out, one))
+        chunks = _chunks(cells, asked, work=work, begin=lambda one: ahead.submit(laid_out, one))
         with closing(stream.map_blocks(lambda block: _put(block, work), chunks, memory=memory)) as results:
             for span, files in results:
                 cells.check([places[span.capture]])
@@ -126,12 +126,12 @@ def _put(block: Block, work: _Work) -> list[_Open]:
     pieces = work.pieces.pop((block.capture, block.component, block.layer, first))
     for one in pieces:
         rows = block.values[one.low - first : one.high - first]
-        one.file.filling.result().put(block.component, block.layer, one.start, rows)
+        one.file.filling.result().put(block.component, block.layer, rows, start=one.start)
     return [one.file for one in pieces]
 
 
 def _chunks(
-    cells: Cells, asked: Sequence[Wanted], work: _Work, begin: Callable[[Wanted], Future[Filling]]
+    cells: Cells, asked: Sequence[Wanted], *, work: _Work, begin: Callable[[Wanted], Future[Filling]]
 ) -> Iterator[stream.Source]:
     """Yield the chunks that hold what is wanted, a group of rollouts after another; note what each is for."""
 
@@ -148,13 +148,13 @@ def _chunks(
         found = [
             chunk
             for component, layer in wanted
-            for chunk in _of_cell(cells, group, files, work, component=component, layer=layer)
+            for chunk in _of_cell(cells, group, files, work=work, component=component, layer=layer)
         ]
         yield from (source for _, source in sorted(found, key=lambda one: one[0]))
 
 
 def _of_cell(
-    cells: Cells, group: Sequence[Wanted], files: Sequence[_Open], work: _Work, *, component: str, layer: int
+    cells: Cells, group: Sequence[Wanted], files: Sequence[_Open], *, work: _Work, component: str, layer: int
 ) -> Iterator[tuple[tuple[int, int, int, str], stream.Source]]:
     """Yield the chunks that hold one component and layer of a group, each after its place in the order of reading."""
     members = [i for i, one in enumerate(group) if layer in one.cells.get(component, ())]

@@ -106,7 +106,7 @@ class Filling:
         for cell, member in self._members:
             self._of.setdefault(cell, []).append(member)
 
-    def put(self, component: str, layer: int, start: int, rows: NDArray[Any]) -> None:
+    def put(self, component: str, layer: int, rows: NDArray[Any], *, start: int) -> None:
         """Write rows, the first of them that of token `start` (counted from the first that has rows); each row once.
 
         Raises

@@ -1,4 +1,4 @@
-"""Files that are laid out first and filled later are those that `torch.save` writes; what is not whole never appears."""
+"""Files that are laid out first and filled later are those of `torch.save`; what is not whole never appears."""
 
 import errno
 import os
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from experiments.errors import ExperimentError
 from experiments.rawfile import Array
-from experiments.rawfill import Filling, combined_crc32
 from experiments.rawfiles import check_content, read_raw, write_raw
+from experiments.rawfill import Filling, combined_crc32
 
 Cells = dict[tuple[str, int], NDArray[Any]]
 KINDS = ("bfloat16", "float16", "float32", "float64")
@@ -63,7 +63,7 @@ def put_all(file: Filling, cells: Cells, *, seed: int, most: int = 4) -> None:
             at += n
     random.Random(seed).shuffle(pieces)
     for (component, layer), start, rows in pieces:
-        file.put(component, layer, start, rows)
+        file.put(component, layer, rows, start=start)
 
 
 def members(path: Path) -> dict[str, bytes]:
@@ -108,7 +108,9 @@ def test_a_file_that_is_not_whole_or_must_not_be_written_over_leaves_nothing(tmp
     cells, record = made(4), about(4, 2)
     file = filling(tmp_path / "a.pt", cells, record)
     put_all(file, {cell: rows[:3] if cell == ("residual", 12) else rows for cell, rows in cells.items()}, seed=0)
-    with pytest.raises(ExperimentError, match=r"a.pt lacks rows of residual at layer 12, so it was not written; export"):
+    with pytest.raises(
+        ExperimentError, match=r"a.pt lacks rows of residual at layer 12, so it was not written; export"
+    ):
         file.finish()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a.pt").write_text("mine")
@@ -120,7 +122,8 @@ def test_a_file_that_is_not_whole_or_must_not_be_written_over_leaves_nothing(tmp
     file = filling(tmp_path / "a.pt", cells, record, overwrite=True)
     put_all(file, cells, seed=0)
     os.close(file.finish())
-    assert list(read_raw(tmp_path / "a.pt").arrays) and len(list(tmp_path.iterdir())) == 1
+    assert read_raw(tmp_path / "a.pt").arrays.keys() == cells.keys()
+    assert len(list(tmp_path.iterdir())) == 1
     filling(tmp_path / "b.pt", cells, record).abandon()
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -129,7 +132,7 @@ def test_rows_of_another_width_or_dtype_are_refused(tmp_path: Path) -> None:
     cells = made(4)
     file = filling(tmp_path / "a.pt", cells, about(4, 2))
     with pytest.raises(ExperimentError, match=r"a.pt is laid out for residual at layer 3 as bfloat16 of width 6, and"):
-        file.put("residual", 3, 0, cells["k_proj", 3])
+        file.put("residual", 3, cells["k_proj", 3], start=0)
     file.abandon()
 
 
@@ -142,7 +145,7 @@ def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*/a.pt'"):
-        file.put("residual", 3, 0, cells["residual", 3])
+        file.put("residual", 3, cells["residual", 3], start=0)
     file.abandon()
 
 
