@@ -16,7 +16,8 @@ from datastore.errors import MisuseError
 from datastore.query import Rollouts, Store
 from project.derive import runs_of_rollouts
 from project.positions import token_columns
-from project.statistics import bootstrap_auroc, bootstrap_mean, effect_size
+from project.resampling import bootstrap_aurocs, bootstrap_means
+from project.statistics import effect_size
 
 __all__ = ["Family", "aligned", "compare", "families", "lag_correlation", "rollout_correlation"]
 
@@ -58,7 +59,7 @@ def families(store: Store, *, rollouts: Rollouts = None, least: int | None = Non
     columns = token_columns(store, _names(store, rollouts), ("token_id",))
     ids = {name: tokens["token_id"].to_numpy() for name, tokens in columns.items()}
     # in lexicographic order the rollouts that share a prefix lie together
-    order = sorted(ids, key=lambda name: ids[name].tolist())
+    order = sorted(ids, key=lambda name: ids[name].astype(">u4").tobytes())
     found: list[Family] = []
     members, fork = order[:1], None
     for before, name in [*pairwise(order), (None, None)]:
@@ -157,29 +158,40 @@ def compare(
         sums, counts, names = _sums(scores, mask & kept)
         groups = np.array([str(of.get(name)) for name in names], dtype=object)
         for group in sorted(set(groups)):
-            for j, direction in enumerate(scores.direction.values):
-                row = {"direction": str(direction), **({per: key} if per != "rollout" else {}), "group": group}
-                rows.append(row | _group_row(sums[:, j], counts[:, j], groups == group, seed=seed))
+            found = _group_rows(sums, counts, groups == group, seed=seed)
+            for direction, row in zip(scores.direction.values, found, strict=True):
+                part = {per: key} if per != "rollout" else {}
+                rows.append({"direction": str(direction), **part, "group": group, **row})
     return pd.DataFrame(rows)
 
 
-def _group_row(sums: NDArray[np.float64], counts: NDArray[np.float64], inside: Flags, *, seed: int) -> dict[str, float]:
-    there = counts > 0
-    mine, rest = inside & there, ~inside & there
-    mean = bootstrap_mean(sums[mine], counts[mine], seed=seed)
-    ours, others = sums[mine] / counts[mine], sums[rest] / counts[rest]
-    area = bootstrap_auroc(ours, others, seed=seed)
-    return {
-        "n_rollouts": int(mine.sum()),
-        "n_tokens": int(counts[mine].sum()),
-        "mean": mean.value,
-        "low": mean.low,
-        "high": mean.high,
-        "effect_size": effect_size(others, ours),
-        "auroc": area.value,
-        "auroc_low": area.low,
-        "auroc_high": area.high,
-    }
+def _group_rows(
+    sums: NDArray[np.float64], counts: NDArray[np.float64], inside: Flags, *, seed: int
+) -> list[dict[str, float]]:
+    """Compare the rollouts of a group with all others, direction by direction."""
+    ours, others = (_means(sums[side], counts[side]) for side in (inside, ~inside))
+    means = bootstrap_means(sums[inside], counts[inside], seed=seed)
+    areas = bootstrap_aurocs(ours, others, seed=seed)
+    return [
+        {
+            "n_rollouts": int(np.isfinite(ours[:, j]).sum()),
+            "n_tokens": int(counts[inside, j].sum()),
+            "mean": mean.value,
+            "low": mean.low,
+            "high": mean.high,
+            "effect_size": effect_size(*(side[np.isfinite(side[:, j]), j] for side in (others, ours))),
+            "auroc": area.value,
+            "auroc_low": area.low,
+            "auroc_high": area.high,
+        }
+        for j, (mean, area) in enumerate(zip(means, areas, strict=True))
+    ]
+
+
+def _means(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean of each rollout, (rollout, direction), NaN where it has no tokens."""
+    found: NDArray[np.float64] = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    return found
 
 
 def _sums(scores: xr.Dataset, mask: Flags) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:

@@ -13,7 +13,9 @@ from datastore.query import Store
 from project import groups, scoring
 from project.derive import runs_of_rollouts
 from project.groups import Family
-from project.statistics import auroc, bootstrap_difference, bootstrap_mean, effect_size
+from project.positions import token_columns
+from project.resampling import bootstrap_differences, bootstrap_means
+from project.statistics import auroc, effect_size
 
 __all__ = [
     "MOVED",
@@ -69,23 +71,33 @@ def pairs(store: Store, label: str | None, *, reference: str | None = None) -> p
     of = {} if label is None else {str(name): str(value) for name, value in table[label].items() if pd.notna(value)}
     counts = {str(name): int(n) for name, n in table["n_tokens"].items()}
     rows = []
-    for family in groups.families(store):
-        for a, b, fork in _members(store, family):
+    families = groups.families(store)
+    several = [name for family in families if len(family.rollouts) > 2 for name in family.rollouts]
+    columns = token_columns(store, several, ("token_id",)) if several else {}
+    ids = {name: tokens["token_id"].to_numpy() for name, tokens in columns.items()}
+    for family in families:
+        for a, b, fork in _members(family, ids):
             first, second = (b, a) if of.get(b) == reference != of.get(a) else (a, b)
             la, lb = of.get(first, ""), of.get(second, "")
             shared = fork / min(counts[a], counts[b])
             rows.append((first, second, fork, shared, la, lb, la != lb, la == reference != lb))
-    columns = ["a", "b", "fork", "shared", "label_a", "label_b", "differ", "against"]
-    found = pd.DataFrame(rows, columns=columns)
+    names = ["a", "b", "fork", "shared", "label_a", "label_b", "differ", "against"]
+    found = pd.DataFrame(rows, columns=names)
     return found.sort_values(["against", "differ", "shared"], ascending=False, kind="stable").reset_index(drop=True)
 
 
-def _members(store: Store, family: Family) -> list[tuple[str, str, int]]:
+def _members(family: Family, ids: Mapping[str, NDArray[np.int32]]) -> list[tuple[str, str, int]]:
     names = family.rollouts
     if len(names) == 2:
         return [(names[0], names[1], family.fork)]
     chosen = combinations(names, 2) if len(names) <= EVERY_PAIR else pairwise(names)
-    return [(a, b, fork_of(store, (a, b))) for a, b in chosen]
+    return [(a, b, _shared(ids[a], ids[b])) for a, b in chosen]
+
+
+def _shared(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
 
 
 def fork_of(store: Store, rollouts: Sequence[str]) -> int:
@@ -183,11 +195,11 @@ def effects(
     of = np.array([groups_of.get(str(name), "") for name in means.index], dtype=object)
     base = of == reference
     rest = (of != "") & ~base if other is None else of == other
+    sides = [means.to_numpy(np.float64)[rows] for rows in (base, rest)]
+    changes = bootstrap_differences(*sides)
     rows = []
-    for direction in means.columns:
-        values = means[direction].to_numpy(np.float64)
-        a, b = values[base & np.isfinite(values)], values[rest & np.isfinite(values)]
-        change = bootstrap_difference(a, b)
+    for j, (direction, change) in enumerate(zip(means.columns, changes, strict=True)):
+        a, b = (values[np.isfinite(values[:, j]), j] for values in sides)
         side = (a.mean() if len(a) else np.nan, b.mean() if len(b) else np.nan)
         row = (direction, len(a), len(b), *side, change.value, change.low, change.high)
         rows.append((*row, effect_size(a, b), auroc(b, a)))
@@ -236,7 +248,7 @@ def around_forks(
     rows = []
     for group in sorted(sums):
         totals, counts = (np.array(side) for side in zip(*sums[group], strict=True))
-        for i, offset in enumerate(offsets.tolist()):
-            mean = bootstrap_mean(totals[:, i], counts[:, i])
+        means = bootstrap_means(totals, counts)
+        for i, (offset, mean) in enumerate(zip(offsets.tolist(), means, strict=True)):
             rows.append((group, offset, int((counts[:, i] > 0).sum()), mean.value, mean.low, mean.high))
     return pd.DataFrame(rows, columns=["group", "offset", "n_rollouts", "mean", "low", "high"])
