@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,11 @@ from numpy.typing import NDArray
 
 from datastore import layout, parts, storage
 from datastore.capture_group import STATS_ROW_BYTES
+from datastore.codec import encode_pieces
 from datastore.errors import CorruptError, DatastoreError, PlanError
 from datastore.partials import ChunkId, Partials, chunks_within, grid_index
-from datastore.schema import SEGMENTS, STATISTICS, Plan
+from datastore.plainfile import shape_of
+from datastore.schema import SEGMENTS, STATISTICS, Codec, Plan
 from datastore.stats import Key, Moments
 from datastore.union import load_drops, load_union, plan_of
 
@@ -29,8 +30,7 @@ class Combiner:
     def __init__(self, plan: Plan, group: Path, partials: Partials, *, threads: int, memory: int) -> None:
         self.plan, self.group, self.partials = plan, group, partials
         self._threads = max(1, min(threads, memory // (8 * STATS_ROW_BYTES)))
-        self._arrays: dict[tuple[str, str], Any] = {}
-        self._opening = Lock()
+        self._chunk_rows: dict[tuple[str, str], int] = {}
 
     def combine(self) -> dict[str, Any]:
         """Write `stats/` and return what the capture's metadata says of them."""
@@ -50,7 +50,9 @@ class Combiner:
         for block, moments in self._blocks(component, layer_index, norms):
             self._write_block(component, layer_index, block=block, sums=moments)
             count += sum(int(m.nonfinite.sum()) for m in moments.values())
-        self._array(component, "norm")[:, layer_index] = norms
+        for block, start in enumerate(range(0, len(norms), self._rows(component, "norm"))):
+            part = norms[start : start + self._rows(component, "norm")]
+            self._write(component, "norm", (block, layer_index), part[:, None])
         if count:
             where = self._name_nonfinite(component, layer_index, norms)
         return count, where
@@ -74,16 +76,24 @@ class Combiner:
         yield open_block, sums
 
     def _rows_a_block(self, component: str) -> int:
-        if self.plan.stats_level == "capture":
-            return 1
-        return int(self._array(component, "sum").chunks[0])
+        return 1 if self.plan.stats_level == "capture" else self._rows(component, "sum")
 
-    def _array(self, component: str, name: str) -> Any:
-        """Open an array of the statistics once for all layers: opening takes longer than writing a layer."""
-        with self._opening:
-            if (component, name) not in self._arrays:
-                self._arrays[component, name] = storage.zarr_array(self.group / "stats" / component / name, "r+")
-            return self._arrays[component, name]
+    def _rows(self, component: str, name: str) -> int:
+        """Rows of a chunk of one of the arrays."""
+        if (component, name) not in self._chunk_rows:
+            _, chunk = shape_of(storage.array_metadata(self.group / "stats" / component / name))
+            self._chunk_rows[component, name] = chunk[0]
+        return self._chunk_rows[component, name]
+
+    def _write(self, component: str, name: str, index: tuple[int, ...], values: NDArray[Any]) -> None:
+        """Write one chunk, a last one padded with the fill value; there are thousands, and zarr-python takes long."""
+        array = self.group / "stats" / component / name
+        short = self._rows(component, name) - len(values)
+        if short:
+            fill = np.nan if values.dtype.kind == "f" else 0
+            values = np.concatenate([values, np.full((short, *values.shape[1:]), fill, values.dtype)])
+        with storage.naming(array):
+            storage.write_chunk(array, index, encode_pieces(values, Codec()))
 
     def _write_block(self, component: str, layer_index: int, *, block: int, sums: dict[Key, Moments]) -> None:
         width = self.plan.component(component).width
@@ -91,15 +101,16 @@ class Combiner:
             rows = self._rows_a_block(component)
             first, last = block * rows, min((block + 1) * rows, len(self.plan.rollouts))
             keys: list[Key] = [(row, segment) for row in range(first, last) for segment in range(len(SEGMENTS))]
-            shape: tuple[int, ...] = (last - first, len(SEGMENTS), width)
-            region: tuple[Any, ...] = (slice(first, last), slice(None), layer_index)
+            shape: tuple[int, ...] = (last - first, len(SEGMENTS), 1, width)
+            index: tuple[int, ...] = (block, 0, layer_index, 0)
         else:
-            keys, shape = [(segment,) for segment in range(len(SEGMENTS))], (len(SEGMENTS), width)
-            region = (slice(None), layer_index)
+            keys, shape = [(segment,) for segment in range(len(SEGMENTS))], (len(SEGMENTS), 1, width)
+            index = (0, layer_index, 0)
         zero = Moments.zero(width)
         for name in STATISTICS:
             values = np.stack([getattr(sums.get(key, zero), name) for key in keys]).reshape(shape)
-            self._array(component, name)[region] = values
+            values = values.astype(np.int64 if name in ("count", "nonfinite") else np.float64, copy=False)
+            self._write(component, name, index, values)
 
     def _name_nonfinite(self, component: str, layer_index: int, norms: NDArray[np.float32]) -> list[dict[str, Any]]:
         named = []

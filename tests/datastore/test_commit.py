@@ -16,7 +16,7 @@ import zarr
 from numpy.typing import NDArray
 
 import datastore
-from datastore import maintenance, storage
+from datastore import capture_group, maintenance, storage
 from datastore.commit import committed_as
 from datastore.errors import CorruptError, DatastoreError, PlanError
 from datastore.planning import plans_directory
@@ -57,6 +57,35 @@ def put_all(path: Path, plan: Plan, rows: dict[str, NDArray[Any]], part: tuple[i
             for layer in plan.layers:
                 writer.put("residual", layer, name, values * (layer + 1))
         return writer.commit()
+
+
+def test_statistics_in_chunks_are_the_bytes_that_zarr_python_writes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of five rollouts a chunk, so that the last one is padded; the numbers are those of one chunk for all."""
+    counts = (700, 690, 1400, 650, 720)
+    for where, rows in ((path.with_name("whole.zarr"), 5), (path, 2)):
+        monkeypatch.setattr(capture_group, "STATS_ROW_BYTES", rows * len(SEGMENTS) * 4 * 8)
+        (plan,) = making.plans(where, making.rollouts(*counts), components=NARROW, batch_tokens=5000, most_tokens=64)
+        with datastore.create(where, plan) as writer:
+            making.fill(writer)
+            assert writer.commit() == 1
+    found, whole = (
+        {name: zarr.open_array(one / "captures/0001/stats/residual" / name, mode="r") for name in (*STATISTICS, "norm")}
+        for one in (path, path.with_name("whole.zarr"))
+    )
+    assert [one["sum"].chunks[0] for one in (found, whole)] == [2, 5]
+    for name, array in found.items():
+        values = np.asarray(array[...])
+        np.testing.assert_array_equal(values, np.asarray(whole[name][...]))
+        again = path.with_name("again") / name
+        shutil.copytree(path / "captures/0001/stats/residual" / name, again)
+        shutil.rmtree(again / "c")
+        zarr.open_array(again, mode="r+").with_config({"write_empty_chunks": True})[...] = values
+        files = sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
+        stored = path / "captures/0001/stats/residual" / name
+        assert files == sorted(p.relative_to(stored) for p in stored.rglob("*") if p.is_file())
+        assert all((again / file).read_bytes() == (stored / file).read_bytes() for file in files)
 
 
 @pytest.mark.parametrize(("counts", "level"), [(COUNTS, "capture"), ((700, 690, 1400), "rollout")])
