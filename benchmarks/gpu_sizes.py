@@ -63,8 +63,8 @@ FULL = Sizes(
         "max_position_embeddings": 8192,
     },
     batch_tokens=16_384,
-    rollout_tokens=1024,
-    batches={1: 8, 9: 8, 0: 3},
+    rollout_tokens=2048,
+    batches={1: 16, 9: 8, 0: 3},
     copy_layers=32,
     kimi={
         **_LATENT,

@@ -57,6 +57,39 @@ def _pairwise(y: Any, ends: Any, stack: Any) -> Any:
     return stack[0]
 
 
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator,unused-ignore]
+def _widen(bits: Any, x: Any, squares: Any, top: Any, wide: Any) -> None:
+    """Put a row of bfloat16 and its squares into float64, and raise the bits of the largest magnitudes."""
+    single = wide.view(np.float32)
+    for j in range(len(bits)):
+        wide[j] = np.uint32(bits[j]) << np.uint32(16)
+        top[j] = max(top[j], bits[j] & np.uint16(0x7FFF))
+    for j in range(len(bits)):
+        x[j] = h = np.float64(single[j])
+        squares[j] = h * h
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator,unused-ignore]
+def _add_row(x: Any, unit: Any, tile: Any) -> None:
+    for j in range(x.shape[1]):
+        h = x[0, j]
+        tile[0, j] += h
+        tile[1, j] += abs(h)
+        tile[2, j] += h * h
+        tile[3, j] += unit[0] * h
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator,unused-ignore]
+def _add_four(x: Any, unit: Any, tile: Any) -> None:
+    """Add four rows one after the other, so that the sums are loaded and stored once."""
+    for j in range(x.shape[1]):
+        a, b, c, d = x[0, j], x[1, j], x[2, j], x[3, j]
+        tile[0, j] = (((tile[0, j] + a) + b) + c) + d
+        tile[1, j] = (((tile[1, j] + abs(a)) + abs(b)) + abs(c)) + abs(d)
+        tile[2, j] = (((tile[2, j] + a * a) + b * b) + c * c) + d * d
+        tile[3, j] = (((tile[3, j] + unit[0] * a) + unit[1] * b) + unit[2] * c) + unit[3] * d
+
+
 @numba.njit(  # type: ignore[untyped-decorator,unused-ignore]
     "boolean(Array(uint16, 2, 'C', readonly=True), int64, float64, float64, int64[:, ::1], uint16[::1], "
     "float64[:, ::1], float32[::1])",
@@ -82,31 +115,25 @@ def add_tiles(values: Any, rows: int, low: float, high: float, ends: Any, top: A
     norms : float32 array (n,)
     """
     n, width = values.shape
-    tile = np.empty((4, width))
-    wide = np.empty(width, np.uint32)
-    single = wide.view(np.float32)
-    x, squares, stack = np.empty(width), np.empty(width), np.empty(64)
+    tile, x, unit = np.empty((4, width)), np.empty((4, width)), np.empty(4)
+    squares, wide, stack = np.empty(width), np.empty(width, np.uint32), np.empty(64)
     for begin in range(0, n, rows):
         tile[:] = 0.0
-        for i in range(begin, min(begin + rows, n)):
-            for j in range(width):
-                wide[j] = np.uint32(values[i, j]) << np.uint32(16)
-                top[j] = max(top[j], values[i, j] & np.uint16(0x7FFF))
-            for j in range(width):
-                x[j] = h = np.float64(single[j])
-                squares[j] = h * h
-                tile[0, j] += h
-                tile[1, j] += abs(h)
-                tile[2, j] += h * h
-            total = _pairwise(squares, ends, stack)
-            norms[i] = np.float32(np.sqrt(total))
-            if total == 0.0:
-                continue
-            if not low <= total <= high:
-                return False
-            unit = 1.0 / np.sqrt(total)
-            for j in range(width):
-                tile[3, j] += unit * x[j]
+        stop = min(begin + rows, n)
+        for first in range(begin, stop, 4):
+            count = 4 if first + 4 <= stop else 1
+            for i in range(first, min(first + 4, stop)):
+                r = i - first if count == 4 else 0
+                _widen(values[i], x[r], squares, top, wide)
+                total = _pairwise(squares, ends, stack)
+                if total != 0.0 and not low <= total <= high:
+                    return False
+                norms[i] = np.float32(np.sqrt(total))
+                unit[r] = 1.0 / np.sqrt(total) if total != 0.0 else 0.0
+                if count == 1:
+                    _add_row(x, unit, tile)
+            if count == 4:
+                _add_four(x, unit, tile)
         for k in range(4):
             for j in range(width):
                 sums[k, j] += tile[k, j]
