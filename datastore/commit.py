@@ -52,7 +52,7 @@ class Combiner:
             count += sum(int(m.nonfinite.sum()) for m in moments.values())
         for block, start in enumerate(range(0, len(norms), self._rows(component, "norm"))):
             part = norms[start : start + self._rows(component, "norm")]
-            self._write(component, "norm", (block, layer_index), part[:, None])
+            self._write(component, "norm", index=(block, layer_index), values=part[:, None])
         if count:
             where = self._name_nonfinite(component, layer_index, norms)
         return count, where
@@ -85,7 +85,7 @@ class Combiner:
             self._chunk_rows[component, name] = chunk[0]
         return self._chunk_rows[component, name]
 
-    def _write(self, component: str, name: str, index: tuple[int, ...], values: NDArray[Any]) -> None:
+    def _write(self, component: str, name: str, *, index: tuple[int, ...], values: NDArray[Any]) -> None:
         """Write one chunk, a last one padded with the fill value; there are thousands, and zarr-python takes long."""
         array = self.group / "stats" / component / name
         short = self._rows(component, name) - len(values)
@@ -110,7 +110,7 @@ class Combiner:
         for name in STATISTICS:
             values = np.stack([getattr(sums.get(key, zero), name) for key in keys]).reshape(shape)
             values = values.astype(np.int64 if name in ("count", "nonfinite") else np.float64, copy=False)
-            self._write(component, name, index, values)
+            self._write(component, name, index=index, values=values)
 
     def _name_nonfinite(self, component: str, layer_index: int, norms: NDArray[np.float32]) -> list[dict[str, Any]]:
         named = []

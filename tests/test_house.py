@@ -26,6 +26,7 @@ WIDER = {
     "capture/runner.py:_put": "the same",
     "capture/runner.py:run": "model, tokenizer, rollouts, store: the call of the design, in the order one says it",
     "datastore/compiled.py:add_tiles": "numba compiles one signature ahead of its first use, by position",
+    "datastore/compiled.py:_widen": "numba does not bind keyword-only parameters of such a function",
     "datastore/writer.py:put": "component, layer, rollout and their rows: one place and what goes there",
 }
 
