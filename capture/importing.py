@@ -276,7 +276,7 @@ def _provenance(asked: Survey, members: Sequence[Found], specs: Sequence[Compone
 
 
 def _vocab(asked: Survey, members: Sequence[Found]) -> dict[int, bytes]:
-    used = sorted({int(i) for one in members for i in np.unique(one.rollout.token_ids)})
+    used = sorted({int(i) for one in members for i in np.unique(one.rollout.computed_ids)})
     if asked.spoken:
         text = asked.tokenizer.text
         return {i: text[i].encode("utf-8", "replace") for i in used if i in text}
@@ -337,9 +337,7 @@ class _Damaged(Exception):
         self.found, self.plan = found, plan
 
 
-def _carry_out(
-    asked: Survey, store: Path, *, plans: Sequence[Plan], memory: int, done: Imported, tick: Tick
-) -> None:
+def _carry_out(asked: Survey, store: Path, *, plans: Sequence[Plan], memory: int, done: Imported, tick: Tick) -> None:
     _refuse_full_disk(store, plans)
     files, of = {one.rollout.rollout_id: one for one in asked.found}, sum(len(p.rollouts) for p in plans)
     before = 0

@@ -1,7 +1,7 @@
 """What an experiment tree knows of a raw activation file in it: a rollout with labels, turns, annotations and text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from experiments.tree import Experiment
 __all__ = ["LEFT_OUT", "Place", "Responses", "SpokenTokens", "place_of", "rollout_of"]
 
 LEFT_OUT = "prompt_tokens_left_out"
-"""Label of rollouts whose file holds rows of the response only: how many tokens stood before them."""
+"""Label of rollouts whose file holds rows of the response only: how many prompt tokens stand before them."""
 _MOST_TOKEN_ID = 2**31
 
 
@@ -109,8 +109,9 @@ class SpokenTokens:
 
     def hear(self, raw: RawFile) -> None:
         """Learn the tokens of a file."""
-        for token, text in zip(raw.token_ids.tolist(), raw.strings or (), strict=False):
-            self.text.setdefault(token, text)
+        for ids, texts in ((raw.before, raw.before_strings), (raw.token_ids, raw.strings or ())):
+            for token, text in zip(ids.tolist(), texts, strict=False):
+                self.text.setdefault(token, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens; what is not known is empty."""
@@ -158,7 +159,7 @@ def rollout_of(raw: RawFile, known: Transcript | None, tokenizer: Any) -> tuple[
     if rendered.notes.unmatched:
         listed = ", ".join(repr(one[:40]) for one in rendered.notes.unmatched[:3])
         notes.append(f"{raw.path}: {len(rendered.notes.unmatched)} annotated texts are not in it: {listed}")
-    return rendered, notes
+    return replace(rendered, rollout=replace(rendered.rollout, prefix=raw.before)), notes
 
 
 def _aligned(raw: RawFile, known: Transcript) -> bool:

@@ -47,8 +47,10 @@ class RawFile:
         Of the tokens that have rows.
     prompt_end : int
         How many of them belong to the prompt.
-    left_out : int
+    before : int32 array (P,)
         Prompt tokens before them that the file names and has no rows of: it was captured for the response only.
+    before_strings : tuple of str
+        Their decoded text, as far as the file says.
     arrays : mapping of (component, layer) to Array
     strings : tuple of str, optional
         The decoded text of each token with rows; what the format says, so a character split over tokens is lost.
@@ -66,10 +68,16 @@ class RawFile:
     arrays: Mapping[tuple[str, int], Array]
     fingerprint: str
     size: int
-    left_out: int = 0
+    before: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    before_strings: tuple[str, ...] = ()
     strings: tuple[str, ...] | None = None
     record: Mapping[str, Any] | None = None
     source: Callable[[], Iterator[Rows]] = field(repr=False)
+
+    @property
+    def left_out(self) -> int:
+        """How many prompt tokens stand before the first one with rows."""
+        return len(self.before)
 
     @property
     def format(self) -> str:

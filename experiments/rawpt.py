@@ -43,9 +43,9 @@ def read(path: Path) -> RawFile:
     arrays = [_arrays(path, parts, part, n=len(own)) for part, own in zip(PARTS, ids, strict=True)]
     prompt, response = arrays
     one_sided = sorted(prompt.keys() ^ response.keys())
-    left_out = 0
+    before = ids[0][:0]
     if len(ids[0]) and response and not prompt:
-        left_out, ids[0] = len(ids[0]), ids[0][:0]
+        before, ids[0] = ids[0], before
     elif len(ids[1]) and len(ids[0]) and one_sided:
         component, layer = one_sided[0]
         have, lack = PARTS if (component, layer) in prompt else PARTS[::-1]
@@ -64,7 +64,8 @@ def read(path: Path) -> RawFile:
         path=path,
         token_ids=token_ids,
         prompt_end=len(ids[0]),
-        left_out=left_out,
+        before=before,
+        before_strings=_strings(parts, [len(before), 0]) or (),
         arrays=found,
         strings=_strings(parts, [len(one) for one in ids]),
         fingerprint=fingerprint,

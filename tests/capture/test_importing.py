@@ -238,6 +238,15 @@ def test_rows_of_the_response_only_keep_their_turns_and_say_what_is_left_out(
     tokens = store.tokens("1")
     assert tokens["role"].tolist() == ["assistant"] * 7
     assert np.flatnonzero(tokens["thinking"]).tolist() == [1, 2]
+    assert store.cells.captures[0].prefix("1").tolist() == parts["prompt"]["token_ids"]
+    assert command("export", tmp_path / "run.zarr", tmp_path / "out", "--variant", "instruct").code == 0
+    again = torch.load(tmp_path / "out" / SET1 / "1.pt", weights_only=True)
+    for part, known in parts.items():
+        for key in ("token_ids", "tokens"):
+            assert again[part][key] == known[key]
+        assert again[part]["activations"].keys() == known["activations"].keys()
+    assert command("import", tmp_path / "out", "--store", tmp_path / "again.zarr").code == 0
+    equal(tmp_path / "run.zarr", tmp_path / "again.zarr")
 
 
 def test_an_inference_servers_requests_go_in_with_their_layers(tmp_path: Path, command: Command) -> None:
