@@ -4,10 +4,12 @@ What all tasks share travels once to each worker. A task whose worker died is do
 sees to it that a task done twice does no harm, and that what it returns is small.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -117,7 +119,8 @@ def connected(*, scheduler: str | None = None, workers: int | None = None) -> It
     Parameters
     ----------
     scheduler : str, optional
-        Address such as `tcp://host:8786`; its workers must see the store under the same path.
+        Address such as `tcp://host:8786`, or the file that `dask scheduler --scheduler-file` wrote; its workers must
+        see the store under the same path.
     workers : int, optional
         Processes to start here, where no scheduler is named.
 
@@ -157,7 +160,8 @@ def _client(scheduler: str) -> Any:
     from distributed import Client
 
     try:
-        client: Any = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
+        address = _written(Path(scheduler)) if scheduler.endswith(".json") else scheduler
+        client: Any = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise MisuseError(
             f"there is no dask scheduler at {scheduler} ({_first_line(error)}); start one with `dask scheduler`, "
@@ -172,6 +176,14 @@ def _client(scheduler: str) -> Any:
             f"`dask worker {scheduler}`"
         ) from error
     return client
+
+
+def _written(file: Path) -> str:
+    """Return the address in a scheduler's file."""
+    found = json.loads(file.read_bytes())
+    if not isinstance(found, dict) or not isinstance(found.get("address"), str):
+        raise ValueError("the file names no address")
+    return str(found["address"])
 
 
 def _handed(common: C) -> C:

@@ -152,7 +152,8 @@ Memory = Annotated[
     typer.Option("--memory", metavar="SIZE", parser=parse_bytes, show_default="1GB", help="Memory to stay under."),
 ]
 Scheduler = Annotated[
-    str | None, typer.Option("--scheduler", metavar="ADDRESS", help="A dask scheduler, as tcp://host:8786.")
+    str | None,
+    typer.Option("--scheduler", metavar="ADDRESS", help="A dask scheduler: tcp://host:8786, or its .json file."),
 ]
 Workers = Annotated[
     int | None, typer.Option("--workers", metavar="N", min=1, help="Processes to start on this machine.")

@@ -4,6 +4,7 @@ Everything after `open` is plain xarray and pandas; a reader may leave this modu
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,8 @@ __all__ = ["Store", "open"]
 R = TypeVar("R")
 Rollouts = str | Sequence[str] | pd.DataFrame | pd.Index | pd.Series | NDArray[Any] | None
 Where = Callable[[xr.Dataset], Any]
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""As s3://bucket begins, also where a Path has made one stroke of two."""
 
 
 def open(path: str | os.PathLike[str]) -> "Store":
@@ -48,11 +51,18 @@ def open(path: str | os.PathLike[str]) -> "Store":
     ------
     NotAStoreError
         The path does not exist or is something else.
+    MisuseError
+        It is the address of a bucket.
     NewerFormatError
         The store was written by a newer release.
     CorruptError
         A capture's metadata or table can't be read.
     """
+    if _ADDRESS.match(str(path)) and not Path(path).exists():
+        raise MisuseError(
+            f"{path} is an address, and a store is read by path; mount the bucket and give the path there, or open one "
+            "of its captures with plain zarr"
+        )
     return Store(latest(Path(path)))
 
 

@@ -24,12 +24,16 @@ def _dask(*arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
 
 
 @contextmanager
-def scheduler(*, deaths: int = 3) -> "Iterator[tuple[str, subprocess.Popen[bytes]]]":
-    """Start a scheduler; yield its address and process. A task may lose so many workers before it is given up."""
+def scheduler(*, deaths: int = 3, file: Path | None = None) -> "Iterator[tuple[str, subprocess.Popen[bytes]]]":
+    """Start a scheduler; yield its address and process. A task may lose so many workers before it is given up.
+
+    Where a file is named, it writes its address there.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ("scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--no-show")
+    words: tuple[str, ...] = ("scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--no-show")
+    words += ("--scheduler-file", str(file)) if file else ()
     process = _dask(*words, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=str(deaths))
     try:
         _wait_for(port)
@@ -50,8 +54,9 @@ def _wait_for(port: int) -> None:
 
 @contextmanager
 def worker(address: str) -> "Iterator[subprocess.Popen[bytes]]":
-    """Start a worker of one thread, which nobody starts again when it dies."""
-    process = _dask("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--memory-limit", "0")
+    """Start a worker of one thread, which nobody starts again when it dies; the address may be a scheduler's file."""
+    at = ("--scheduler-file", address) if address.endswith(".json") else (address,)
+    process = _dask("worker", *at, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--memory-limit", "0")
     try:
         yield process
     finally:
