@@ -98,7 +98,7 @@ bench-calibrate: setup
 bench-scale: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.scale $(BENCH_ARGS)
 
-# Kills, power cuts, full disks: some minutes; fails where anything was lost.
+# Kills, power cuts, errors of the disk, full disks: some minutes; fails where anything was lost.
 bench-faults: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.faults $(BENCH_ARGS)
 

@@ -1,8 +1,9 @@
-"""`python -m benchmarks.faults`: kill processes, cut the power, fill the disk; count what is lost. All counts are 0.
+"""`python -m benchmarks.faults`: kill processes, cut the power, fail and fill the disk; count what is lost: nothing.
 
 Kills are SIGKILL of real processes at random instants. Power cuts are replayed from the recorded file operations of a
 process: after every one of them, with what no sync followed lost or kept in any choice. Full disks are tmpfs mounts
-that are too small by a random amount, which takes the right to mount.
+that are too small by a random amount, which takes the right to mount. Errors of the disk come from a library that is
+preloaded and fails the n-th open, read, write, sync, rename or listing, which takes a C compiler.
 """
 
 import argparse
@@ -17,11 +18,15 @@ from typing import Any
 from datastore import console
 from tests.faults.blackout import blackouts
 from tests.faults.disk import may_mount, shortages
+from tests.faults.eio import may_compile
+from tests.faults.io_errors import io_errors
 from tests.faults.kills import campaign
 
 KILLS = {"capture": 40, "growth": 40, "import": 30, "merge": 25, "compact": 35, "gc": 25, "model": 5}
 BLACKOUTS = ["capture", "growth", "merge", "compact", "gc", "drop", "label"]
 SHORTAGES = {"capture": 15, "growth": 15, "import": 10, "compact": 10}
+IO_ERRORS = {"capture": 30, "growth": 30, "import": 30, "merge": 21, "compact": 30, "gc": 21, "drop": 14, "label": 14,
+             "calibrate": 21, "project": 21}  # fmt: skip
 
 
 def shares(counts: dict[str, int], share: float) -> dict[str, int]:
@@ -36,6 +41,8 @@ def all_of(root: Path, *, seed: int, share: float, only: str | None) -> dict[str
         "kill -9": lambda: campaign(root / "kills", shares(KILLS, share), seed=seed),
         "power cut": lambda: blackouts(root / "power", BLACKOUTS, seed=seed, every=every),
     }
+    if may_compile():
+        campaigns["error of the disk"] = lambda: io_errors(root / "errors", shares(IO_ERRORS, share), seed=seed)
     if may_mount(root / "try"):
         campaigns["full disk"] = lambda: shortages(root / "disk", shares(SHORTAGES, share), seed=seed)
     found: dict[str, dict[str, Any]] = {}
@@ -55,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of the trials, such as 0.1")
-    parser.add_argument("--only", metavar="NAME", help="kill, power or disk")
+    parser.add_argument("--only", metavar="NAME", help="kill, power, error or full")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-faults-") as directory:
@@ -82,8 +89,10 @@ def _print(found: dict[str, dict[str, Any]]) -> None:
         for one in counts.values():
             for line in one.wrong[:5]:
                 console.stdout().print(line, markup=False)
-    if found.keys() >= {"kill -9", "power cut"} and "full disk" not in found:
-        console.stdout().print("full disk: not done, because no disk may be mounted here")
+    if found.keys() >= {"kill -9", "power cut"}:
+        lacking = {"error of the disk": "there is no C compiler", "full disk": "no disk may be mounted here"}
+        for name in lacking.keys() - found.keys():
+            console.stdout().print(f"{name}: not done, because {lacking[name]}")
 
 
 if __name__ == "__main__":

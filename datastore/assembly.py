@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from datastore import storage
 from datastore.dtype import numpy_dtype
 from datastore.partials import ChunkId
 from datastore.schema import Plan
@@ -152,14 +153,15 @@ class Assembly:
     def _put_aside(self, chunk: ChunkId) -> None:
         one = self._open[chunk]
         self._directory.mkdir(exist_ok=True)
-        self._file(chunk).write_bytes(bits(one.values[: one.rows]).data)
+        with storage.naming(self._file(chunk)):
+            self._file(chunk).write_bytes(bits(one.values[: one.rows]).data)
         del self._open[chunk]
         self._aside[chunk] = one.filled
         with self._room:
             self._free[chunk.component].append(one.values)
 
     def _bring_back(self, chunk: ChunkId, one: OpenChunk) -> None:
-        with self._file(chunk).open("rb") as file:
+        with storage.naming(self._file(chunk)), self._file(chunk).open("rb") as file:
             file.readinto(bits(one.values[: one.rows]).data)
         one.filled = self._aside.pop(chunk)
         self._file(chunk).unlink()

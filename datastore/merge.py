@@ -149,7 +149,7 @@ def merge(plan: Merge) -> None:
             for kind in storage.ROOT_GROUPS:
                 storage.create_group(aside / kind, {})
             for group, place in plan.sources:
-                shutil.copytree(group, aside / place, copy_function=_link)
+                _copy(group, aside / place)
             if plan.drops:
                 created = datetime.now(UTC).isoformat(timespec="seconds")
                 dropped = [drop_record(one) for one in plan.drops]
@@ -165,9 +165,28 @@ def merge(plan: Merge) -> None:
         storage.remove(aside)
 
 
+class _Stopped(Exception):
+    """Copying ended at this error: `copytree` goes on after an OSError, and tells of all as a list."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _copy(group: Path, place: Path) -> None:
+    try:
+        shutil.copytree(group, place, copy_function=_link)
+    except _Stopped as stopped:
+        raise stopped.error from None
+
+
 def _link(source: str, target: str) -> None:
     """Link a file, which no store ever changes, or copy it where it can't be linked."""
     with suppress(OSError):
         os.link(source, target)
         return
-    shutil.copy2(source, target)
+    try:
+        shutil.copy2(source, target)
+    except OSError as error:
+        error.filename = error.filename or target
+        raise _Stopped(error) from error

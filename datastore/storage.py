@@ -11,12 +11,12 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, lru_cache
+from functools import cache, lru_cache, wraps
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import zarr
@@ -52,8 +52,10 @@ __all__ = [
     "create_group",
     "create_root",
     "discard",
+    "disk_error",
     "enough_room",
     "free_bytes",
+    "naming",
     "numbered",
     "open_root",
     "publish",
@@ -73,6 +75,9 @@ __all__ = [
 
 register()  # zarr-python 3.1 collects the entry points of data types and never loads them
 
+P = ParamSpec("P")
+T = TypeVar("T")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ROOT_GROUPS = ("captures", "labels", "annotations", "dropped", "calibration", "scores")
 TABLE_CHUNK = 65536
 """Elements a chunk of the small arrays: coordinates and the rollout table."""
@@ -92,7 +97,9 @@ def open_root(path: Path) -> None:
         raise NotAStoreError(f"{path} does not exist, so there is no store to read; check the path, or capture into it")
     try:
         found = attributes(path)
-    except CorruptError:
+    except CorruptError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO:
+            raise  # whether it is a store can't be known
         found = {}
     if found.get("format") != FORMAT:
         raise NotAStoreError(
@@ -153,18 +160,47 @@ def writable(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system name the file, or what holds it, also where the failing call knew only a number."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _named(function: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
+    """Wrap a function of a path so that an error of the system in it names that path."""
+
+    @wraps(function)
+    def named(path: Path, /, *arguments: P.args, **options: P.kwargs) -> T:
+        with naming(path):
+            return function(path, *arguments, **options)
+
+    return named
+
+
+@contextmanager
 def enough_room(path: Path, n_bytes: int) -> Iterator[None]:
     """Turn an error of the disk into one sentence that says how much room `path` needs."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if error.errno not in (*_NO_ROOM, errno.EIO):
             raise
-        raise DatastoreError(
-            f"{error.filename or path} could not be written ({error.strerror}): {n_bytes:,} bytes before compression "
-            f"are still to write and {free_bytes(path):,} are free; what is finished is kept, make room and run the "
-            "same command again to go on"
-        ) from error
+        raise disk_error(error, path, n_bytes) from error
+
+
+def disk_error(error: OSError, path: Path, n_bytes: int) -> DatastoreError:
+    """Return what is to be said when `n_bytes` are still to write and the system failed a call on a file of `path`."""
+    full = error.errno in _NO_ROOM
+    done, cure = ("written", "make room and") if full else ("read or written", "once the disk is well")
+    return DatastoreError(
+        f"{error.filename or path} could not be {done} ({error.strerror or error}): {n_bytes:,} bytes before compression "
+        f"are still to write and {free_bytes(path):,} are free; what is finished is kept, {cure} run the same command "
+        "again to go on"
+    )
 
 
 def check_writable(store: Path, plans: Path) -> None:
@@ -191,11 +227,13 @@ def check_writable(store: Path, plans: Path) -> None:
         )
 
 
+@_named
 def create_group(path: Path, attrs: Mapping[str, Any]) -> None:
     """Create one Zarr group directory with its attributes."""
     write_metadata(path, {"attributes": dict(attrs), "zarr_format": 3, "node_type": "group"})
 
 
+@_named
 def set_attributes(path: Path, attrs: Mapping[str, Any]) -> None:
     """Replace the attributes of a group or array that no reader can see yet."""
     file = path / "zarr.json"
@@ -222,6 +260,7 @@ def array_metadata(path: Path) -> dict[str, Any]:
     return read_json(path / "zarr.json")
 
 
+@_named
 def create_array(
     path: Path,
     *,
@@ -260,6 +299,7 @@ def _described(dtype: str, codec: Codec) -> bytes:
     return array.metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
 
 
+@_named
 def write_array(
     path: Path, values: NDArray[Any], *, dims: Sequence[str], attrs: Mapping[str, Any] | None = None
 ) -> None:
@@ -273,6 +313,7 @@ def write_array(
         zarr_array(path, mode="r+")[...] = filled
 
 
+@_named
 def zarr_array(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Array[Any]:
     """Open one array by its own zarr.json, with all chunks written, also those that equal the fill value."""
     try:
@@ -413,7 +454,8 @@ def write_chunk(
     aside = file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
     descriptor = _create_below(array, aside)
     try:
-        written = _write_all(descriptor, pieces)
+        with naming(file):
+            written = _write_all(descriptor, pieces)
         os.rename(aside, file)
     except BaseException:
         os.close(descriptor)
@@ -451,6 +493,7 @@ def _write_all(descriptor: int, pieces: Sequence[bytes | memoryview]) -> int:
     return total
 
 
+@_named
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Write a file under a temporary name beside it and rename it.
 
@@ -470,6 +513,7 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
         sync_file(path.parent)
 
 
+@_named
 def consolidate(path: Path) -> None:
     """Write the consolidated metadata of a group that is complete."""
     write_atomic(path / "zarr.json", json.dumps(consolidated(path), indent=2).encode())
@@ -506,6 +550,7 @@ def sync_files(path: Path, descriptor: int | None = None) -> None:
             os.close(opened)
 
 
+@_named
 def sync_file(path: Path) -> None:
     """Bring one file or directory entry to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -22,7 +22,7 @@ from datastore.assembly import Assembly, OpenChunk, bits
 from datastore.codec import encode_pieces
 from datastore.commit import Combiner, commit_group
 from datastore.dtype import numpy_dtype
-from datastore.errors import DatastoreError, PlanError
+from datastore.errors import PlanError
 from datastore.partials import ChunkId, Partials, chunks_within, finished_chunks, grid_index
 from datastore.planning import lay_down, plans_directory
 from datastore.schema import Batch, Plan
@@ -305,12 +305,7 @@ class Writer:
         except OSError as error:
             done = self.progress()
             left = done.raw_bytes_total - done.raw_bytes + self.plan.table_bytes
-            free = storage.free_bytes(self._store)
-            raise DatastoreError(
-                f"{error.filename or self._store} could not be written ({error.strerror or error}): {left:,} bytes "
-                f"before compression are still to write and {free:,} are free; what is finished is kept, make room and "
-                "run the same command again to go on"
-            ) from error
+            raise storage.disk_error(error, self._store, left) from error
 
     def flush(self) -> None:
         """Wait until every complete chunk is written."""

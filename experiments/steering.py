@@ -205,7 +205,7 @@ def read_naturalness(file: str | Path) -> dict[tuple[int, str, str], float]:
     scores = document.get("scores", {}) if isinstance(document, dict) else {}
     try:
         return {(int(s["layer"]), str(s["method"]), str(s["component"])): float(s["mean"]) for s in scores.values()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ExperimentError(
             f"{file} is not a table of naturalness scores ({type(error).__name__}: {error}); remove or mend it"
         ) from error

@@ -19,10 +19,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from experiments.direction import Direction, DirectionEntry, directory_of_position, position_of_directory
 from experiments.errors import ExperimentError
 from experiments.jsonfile import load_json
+from experiments.transcript import sentence
 
 __all__ = [
     "DirectionIndex",
@@ -43,6 +45,25 @@ _SAFE_DTYPES: Mapping[str, Any] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
+
+
+class _About(BaseModel):
+    """What a manifest, a table or a `metadata.json` says of one direction; null is as good as nothing."""
+
+    model_config = ConfigDict(extra="ignore", coerce_numbers_to_str=True)
+    trait: str = ""
+    layer: int = Field(strict=True, ge=0)
+    component: str = "residual"
+    method: str = "given"
+    position: str = ""
+    variant: str | None = None
+    baseline: float | None = None
+    model: str | None = None
+    extraction_model: str | None = None
+    application_model: str | None = None
+    delta: float | None = None
+    coefficient: float | None = None
+    facts: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,10 +213,14 @@ def _tree_entries(root: Path) -> Iterator[DirectionEntry]:
         parts = file.parts
         if layer is None or len(parts) < 8 or parts[-5] != "vectors":
             continue
-        metadata = describe(file.with_name("metadata.json"))
-        about = dict(metadata.get("layers", {}).get(layer[1], {}))
-        about.pop("norm", None)
-        about.pop("sha256", None)
+        described = file.with_name("metadata.json")
+        metadata = describe(described)
+        layers = _object(metadata.get("layers", {}), f"{described}: `layers`")
+        facts = dict(_object(layers.get(layer[1], {}), f"{described}: layer {layer[1]}"))
+        known = {"layer": int(layer[1]), "baseline": facts.pop("baseline", None), "model": metadata.get("model")}
+        about = _about(known, described)
+        facts.pop("norm", None)
+        facts.pop("sha256", None)
         named = str(metadata.get("position", ""))
         yield DirectionEntry(
             trait=f"{parts[-8]}/{parts[-7]}",
@@ -203,19 +228,21 @@ def _tree_entries(root: Path) -> Iterator[DirectionEntry]:
             position=named if directory_of_position(named) == parts[-4] else position_of_directory(parts[-4]),
             component=parts[-3],
             method=parts[-2],
-            layer=int(layer[1]),
+            layer=about.layer,
             file=str(file),
-            baseline=about.pop("baseline", None),
-            model=metadata.get("model"),
-            facts=about,
+            baseline=about.baseline,
+            model=about.model,
+            facts=facts,
         )
 
 
 def _manifest_entries(root: Path) -> DirectionIndex:
-    manifest = _read_json(root / "manifest.json")
+    described = root / "manifest.json"
+    manifest = _read_json(described)
     entries, absent = [], []
-    for trait, listed in manifest.get("traits", {}).items():
-        for about in listed if isinstance(listed, list) else [listed]:
+    for trait, listed in _object(manifest.get("traits", {}), f"{described}: `traits`").items():
+        for one in listed if isinstance(listed, list) else [listed]:
+            about = _object(one, f"{described}: trait {trait!r}")
             entry = _described(trait, {**manifest, **about}, file=root / str(about.get("file")), key=None)
             if Path(entry.file).is_file():
                 entries.append(entry)
@@ -224,31 +251,45 @@ def _manifest_entries(root: Path) -> DirectionIndex:
     return DirectionIndex(entries=tuple(entries), absent=tuple(absent))
 
 
-def _described(trait: str, about: Mapping[str, Any], *, file: Path, key: str | None) -> DirectionEntry:
-    if not isinstance(about.get("layer"), int):
+def _described(trait: str, given: Mapping[str, Any], *, file: Path, key: str | None) -> DirectionEntry:
+    if type(given.get("layer")) is not int:
         raise ExperimentError(f"{file} names no integer layer for trait {trait!r}; add `layer` to its description")
+    about = _about(given, file)
     return DirectionEntry(
-        trait=str(about.get("trait", trait)),
-        layer=about["layer"],
-        component=str(about.get("component", "residual")),
-        method=str(about.get("method", "given")),
-        position=str(about.get("position", "")),
+        trait=about.trait or trait,
+        layer=about.layer,
+        component=about.component,
+        method=about.method,
+        position=about.position,
         file=str(file),
         key=key,
-        variant=about.get("variant"),
-        baseline=about.get("baseline"),
-        model=about.get("extraction_model", about.get("model")),
-        applied_model=about.get("application_model"),
-        delta=about.get("delta"),
-        coefficient=about.get("coefficient"),
-        facts=about.get("facts", {}),
+        variant=about.variant,
+        baseline=about.baseline,
+        model=about.extraction_model or about.model,
+        applied_model=about.application_model,
+        delta=about.delta,
+        coefficient=about.coefficient,
+        facts=about.facts,
     )
+
+
+def _about(given: Mapping[str, Any], path: Path) -> _About:
+    try:
+        return _About.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise ExperimentError(f"the description of {path} {sentence(error)}; mend it") from None
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ExperimentError(f"{what} is a JSON {type(value).__name__} where an object is expected; mend it")
+    return value
 
 
 def _flat_entries(file: Path) -> Iterator[DirectionEntry]:
     keys, table = _flat_table(file)
     for key in keys:
-        about = table.get(key)
+        about = None if table.get(key) is None else _object(table[key], f"{file}: {key!r} in its table")
         found = _FLAT_KEY.fullmatch(key)
         if about is None and found is None:
             raise ExperimentError(
@@ -270,9 +311,10 @@ def _flat_table(file: Path) -> tuple[list[str], dict[str, Any]]:
 
             with safe_open(file, framework="numpy") as archive:
                 keys, text = sorted(archive.keys()), (archive.metadata() or {}).get(_TABLE_KEY, "{}")
-        return keys, json.loads(text)
+        table = json.loads(text)
     except Exception as error:  # each library raises its own kinds for a damaged file
         raise ExperimentError(_unreadable(file, error)) from error
+    return keys, _object(table, f"{file}: its table")
 
 
 def _read_array(path: Path, key: str) -> NDArray[Any]:
@@ -352,10 +394,7 @@ def _description(direction: Direction) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    loaded = load_json(path)
-    if not isinstance(loaded, dict):
-        raise ExperimentError(f"{path} holds a JSON {type(loaded).__name__} where an object is expected")
-    return loaded
+    return _object(load_json(path), str(path))
 
 
 def _replace(path: Path, data: bytes) -> None:

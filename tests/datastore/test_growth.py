@@ -1,6 +1,8 @@
 """Compact, merge and gc: the union reads as before, nothing else is left. Oracle: rows and tables as they were put."""
 
+import errno
 import os
+import shutil
 import threading
 import time
 from contextlib import suppress
@@ -280,3 +282,24 @@ def test_statistics_of_a_compacted_store_are_those_of_its_rows(tmp_path: Path) -
         storage.read_array(group / "sum").sum(axis=(0, 1)), rows.sum(axis=0), rtol=1e-9, atol=1e-9
     )
     assert int(storage.read_array(group / "count").sum()) == rows.size
+
+
+def test_a_merge_that_must_copy_stops_at_the_first_error_and_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between file systems nothing can be linked, and `copytree` would collect the errors of all files."""
+    a, b, out = grown(tmp_path / "a.zarr"), tmp_path / "b.zarr", tmp_path / "out.zarr"
+    making.capture(b, [making.rollout("more", 8)])
+
+    def full(*paths: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), paths[1])
+
+    monkeypatch.setattr(os, "link", full)
+    planned = plan_merge(a, b, out)
+    merge(planned)
+    assert verify(out, full=True).ok  # copied
+    shutil.rmtree(out)
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(DatastoreError, match=r"zarr\.json could not be written \(No space left on device\): [\d,]+ by"):
+        merge(planned)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "b.zarr"]

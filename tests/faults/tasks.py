@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datastore
+from calibrate.commands import app as calibrate_app
 from capture.commands import app as capture_app
 from datastore import console
 from datastore.commands import app as store_app
 from datastore.labels import add_labels
 from datastore.maintenance import drop
 from experiments.rawfiles import write_raw
+from experiments.vectors import write_directions
+from project.commands import app as project_app
 from tests.datastore import making
+from tests.project.stores import direction
 
 COUNTS = (7, 130, 41, 64, 90, 5, 33, 77)
 ASKED = making.rollouts(*COUNTS)
@@ -31,6 +35,16 @@ def store_command(*words: str) -> None:
 def capture_command(*words: str) -> None:
     """Run `python -m capture WORDS`."""
     console.run(capture_app, list(words))
+
+
+def calibrate_command(*words: str) -> None:
+    """Run `python -m calibrate WORDS`."""
+    console.run(calibrate_app, list(words))
+
+
+def project_command(*words: str) -> None:
+    """Run `python -m project WORDS`."""
+    console.run(project_app, list(words))
 
 
 def grow(store: str, which: str) -> None:
@@ -98,6 +112,19 @@ def labelled(root: Path) -> None:
     (root / "labels.csv").write_text("rollout_id,mood\n0,good\n3,bad\n")
 
 
+def small(root: Path) -> None:
+    """Begin with a store of two captures."""
+    making.capture(root / "run.zarr", ASKED[:2])
+    making.capture(root / "run.zarr", ASKED[2:4])
+
+
+def with_directions(root: Path) -> None:
+    """Begin with a store and directions."""
+    small(root)
+    made = [direction("tone/dry", layer, width=making.RESIDUAL.width) for layer in (1, 5)]
+    write_directions(root / "vectors", made, variant="base")
+
+
 def two_stores(root: Path) -> None:
     """Begin with two stores to be merged."""
     grown(root)
@@ -160,6 +187,18 @@ TASKS = {
             begin=grown,
             call=_STORE,
             words=("drop", "{root}/run.zarr", "--ids", "0,3", "--layers", "1", "--yes"),
+        ),
+        Task(
+            name="calibrate",
+            begin=small,
+            call="tests.faults.tasks:calibrate_command",
+            words=("{root}/run.zarr", "--layers", "1", "--export", "json", "--out", "{root}/massive.json"),
+        ),
+        Task(
+            name="project",
+            begin=with_directions,
+            call="tests.faults.tasks:project_command",
+            words=("{root}/run.zarr", "--vectors", "{root}/vectors", "--layers", "1", "--force-model"),
         ),
         Task(name="label", begin=labelled, call=_CAPTURE, words=("label", "{root}/run.zarr", "{root}/labels.csv")),
     )

@@ -32,10 +32,15 @@ class Ended(NamedTuple):
 
 
 class Zygote:
-    """A process that forks one process for each task. Used as a context manager it ends on leaving."""
+    """A process that forks one process for each task. Used as a context manager it ends on leaving.
 
-    def __init__(self, *modules: str) -> None:
+    `preload` is a library that stands before the C library in all of them.
+    """
+
+    def __init__(self, *modules: str, preload: Path | None = None) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "300", "NO_COLOR": "1"}
+        if preload is not None:
+            environment["LD_PRELOAD"] = str(preload)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.zygote", *modules],
             cwd=ROOT,
