@@ -197,9 +197,9 @@ def disk_error(error: OSError, path: Path, n_bytes: int) -> DatastoreError:
     full = error.errno in _NO_ROOM
     done, cure = ("written", "make room and") if full else ("read or written", "once the disk is well")
     return DatastoreError(
-        f"{error.filename or path} could not be {done} ({error.strerror or error}): {n_bytes:,} bytes before compression "
-        f"are still to write and {free_bytes(path):,} are free; what is finished is kept, {cure} run the same command "
-        "again to go on"
+        f"{error.filename or path} could not be {done} ({error.strerror or error}): {n_bytes:,} bytes before "
+        f"compression are still to write and {free_bytes(path):,} are free; what is finished is kept, {cure} run the "
+        "same command again to go on"
     )
 
 
