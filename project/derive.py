@@ -108,6 +108,7 @@ def cleaned(scores: xr.Dataset, dims: str | Iterable[int], *, top_dims: Mapping[
     """
     chosen = dim_set(dims, top_dims)
     score, norm = scores.score.values.copy(), scores.norm.values.copy()
+    of_norms = scores.get("norm_dim_value", scores.dim_value).values  # a difference has the norms of one of the two
     for j in range(score.shape[1]):
         place = (scores.dim_component.values == scores.component.values[j]) & (
             scores.dim_layer.values == scores.layer.values[j]
@@ -121,7 +122,7 @@ def cleaned(scores: xr.Dataset, dims: str | Iterable[int], *, top_dims: Mapping[
             )
         at = scores.dim_value.values[:, here]
         score[:, [j]] = scoring.clean_scores(score[:, [j]], at, scores.dim_unit.values[here][:, [j]])
-        norm[:, j] = scoring.clean_norms(norm[:, j], at)
+        norm[:, j] = scoring.clean_norms(norm[:, j], of_norms[:, here])
     attrs = {**scores.attrs, "cleaned_dims": list(chosen)}
     return scores.assign(score=scores.score.copy(data=score), norm=scores.norm.copy(data=norm)).assign_attrs(attrs)
 

@@ -25,7 +25,7 @@ def difference(a: xr.Dataset, b: xr.Dataset) -> xr.Dataset:
     """Return b − a token by token, where both scored the same rollouts, tokens, directions and layers.
 
     What `derive.cleaned` needs is a difference as well, as far as both kept it, so that a difference is cleaned of the
-    difference. Norms are those of a.
+    difference. Norms are those of a, and are cleaned of a's own: `norm_dim_value`.
 
     Raises
     ------
@@ -46,7 +46,7 @@ def difference(a: xr.Dataset, b: xr.Dataset) -> xr.Dataset:
         if not same:
             raise MisuseError(f"rollout {name!r} has other tokens in the other store, so its tokens can't be matched")
     changed = {n: kept_a[n].copy(data=kept_b[n].values - kept_a[n].values) for n in ("score", "dim_value")}
-    return kept_a.assign(changed)
+    return kept_a.assign({**changed, "norm_dim_value": kept_a.dim_value})
 
 
 def _kept(scores: xr.Dataset, names: Sequence[str], labels: Sequence[str], *, dims: Sequence[Dim]) -> xr.Dataset:

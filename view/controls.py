@@ -133,7 +133,7 @@ class Controls:
             self.view,
             pn.layout.HSpacer(),
             self._asked,
-            theme,
+            *([theme] if self.page.alone else []),
             sizing_mode="stretch_width",
             css_classes=["header"],
         )

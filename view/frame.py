@@ -24,6 +24,7 @@ class Host(Protocol):
     state: State
     models: Models
     look: Look
+    alone: bool
 
     @property
     def model(self) -> Model:

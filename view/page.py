@@ -41,14 +41,18 @@ class Page:
     query : str or mapping
         Of the address.
     dark : bool
+    alone : bool
+        It has the browser's window, and so its address, for itself; in a notebook it has not.
     """
 
-    def __init__(self, models: Models, *, query: str | Mapping[str, Any] = "", dark: bool = False) -> None:
-        self.models, self.look = models, Look(dark=dark)
+    def __init__(
+        self, models: Models, *, query: str | Mapping[str, Any] = "", dark: bool = False, alone: bool = True
+    ) -> None:
+        self.models, self.look, self.alone = models, Look(dark=dark), alone
         self.state = State(store=models.names[0])
         self.notice = html("", css_classes=["notice"], sizing_mode="stretch_width", visible=False)
         self.text = Transcript(dark=dark, sizing_mode="stretch_width")
-        self.browser = Browser(width=0, height=0, margin=0)
+        self.browser = Browser(address=alone, width=0, height=0, margin=0)
         self.controls = Controls(self)
         self._makers: dict[str, Callable[[Page], View]] = {
             "Overview": Overview,
@@ -239,20 +243,23 @@ class Page:
 
     def look_again(self) -> None:
         """Offer to reload where the store has changed since it was opened."""
-        self.controls.offer_reload(self.model.changed())
+        try:
+            self.controls.offer_reload(self.model.changed())
+        except Errors as error:  # it was taken away, or is no store any more
+            self.say(str(error))
 
     def reload(self) -> None:
         """Show the store as it is now."""
         self.models.reopen(self.state.store)
-        self.fit()
-        self.say("")
+        missing = self.fit()
+        self.say("; ".join(missing) + "; something else is shown." if missing else "")
         self.controls.offer_reload(False)
         self._due |= frozenset(WATCHED)
         soon(self._update_due)
 
 
 def app(*stores: Store | str | Path) -> pn.viewable.Viewable:
-    """Return the viewer as a Panel object, for a notebook.
+    """Return the viewer as a Panel object, for a notebook; all that draws it goes along, so that no network is needed.
 
     Parameters
     ----------
@@ -260,9 +267,9 @@ def app(*stores: Store | str | Path) -> pn.viewable.Viewable:
     """
     import datastore
 
-    pn.extension("tabulator")
+    pn.extension("tabulator", inline=True)
     opened = [store if isinstance(store, Store) else datastore.open(store) for store in stores]
-    return Page(Models(opened)).panel()
+    return Page(Models(opened), alone=False).panel()
 
 
 def document(models: Models) -> pn.viewable.Viewable:

@@ -11,6 +11,8 @@ from bokeh.models import NumberFormatter
 __all__ = ["clickable", "html", "plain"]
 
 PAGE = 15
+RING = """.tabulator .tabulator-tableholder:focus-visible, .tabulator .tabulator-row:focus-visible {
+  outline: 2px solid #1f6feb !important; outline-offset: -2px; }"""
 
 
 def html(text: str = "", **more: Any) -> pn.pane.HTML:
@@ -37,7 +39,7 @@ def clickable(
     titles : mapping of column to what stands above it
     page_size : int
     """
-    made = plain(table, titles=titles, pagination="remote", page_size=page_size, **more)
+    made = plain(table, titles=titles, pagination="remote", page_size=page_size, css_classes=["clickable"], **more)
     made.on_click(lambda event: clicked(event.row))
     return made
 
@@ -53,6 +55,7 @@ def plain(table: pd.DataFrame, *, titles: Mapping[str, str], **more: Any) -> pn.
         "layout": "fit_data_table",
         "theme": "simple",
         "sizing_mode": "stretch_width",
+        "stylesheets": [RING],
         "configuration": {"columnDefaults": {"headerSort": True}},
     }
     return pn.widgets.Tabulator(table, titles=dict(titles), **{**settings, **more})

@@ -20,7 +20,32 @@ function nameParts(root) {
   for (const [kind, name] of [["up", "more"], ["down", "less"]]) {
     for (const button of root.querySelectorAll(`.bk-spin-btn-${kind}:not([aria-label])`)) button.setAttribute("aria-label", name);
   }
-  for (const grid of root.querySelectorAll(".tabulator[role=grid]")) nameGrid(grid);
+  for (const grid of root.querySelectorAll(".tabulator[role=grid]")) {
+    nameGrid(grid);
+    openRows(grid);
+  }
+}
+
+// The rows of a table that can be clicked are one stop of the Tab key; the arrows move, Enter chooses.
+function openRows(grid) {
+  // Tabulator's cells take the focus and let it go at once where nothing is edited: Tab would never get beyond them.
+  for (const cell of grid.querySelectorAll(".tabulator-cell[tabindex]")) cell.removeAttribute("tabindex");
+  if (!grid.getRootNode().host?.classList.contains("clickable")) return;
+  const rows = [...grid.querySelectorAll(".tabulator-row")];
+  const stop = rows.find((row) => row.matches(":focus")) ?? rows[0];
+  for (const row of rows) row.tabIndex = row === stop ? 0 : -1;
+  if (grid.dataset.keys) return;
+  grid.dataset.keys = "listening";
+  grid.addEventListener("keydown", (event) => {
+    const row = event.target;
+    if (!row.matches(".tabulator-row")) return;
+    if (event.key === "Enter") row.querySelector(".tabulator-cell:not([tabulator-field=_index])")?.click();
+    const next = { ArrowDown: row.nextElementSibling, ArrowUp: row.previousElementSibling }[event.key];
+    if (!next) return;
+    event.preventDefault();
+    next.tabIndex = 0;
+    next.focus();
+  });
 }
 
 function nameGrid(grid) {
@@ -44,13 +69,13 @@ function nameAll(root) {
 
 export function render({ model }) {
   const write = () => {
-    if (model.query && model.query !== location.search) {
+    if (model.address && model.query && model.query !== location.search) {
       const how = isStep(model.query) ? "pushState" : "replaceState";
       history[how](null, "", location.pathname + model.query + location.hash);
     }
   };
   const back = () => {
-    model.query = location.search;
+    if (model.address) model.query = location.search;
   };
   write();
   model.on("query", write);
