@@ -10,6 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datastore import storage
-from datastore.errors import CorruptError, MisuseError, ReadOnlyError
+from datastore.errors import CorruptError, DatastoreError, MisuseError, ReadOnlyError
+from datastore.plainfile import MOST_TABLE
 from datastore.schema import FORMAT, FORMAT_VERSION
 
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["create_sibling", "publish_result", "read_results", "sibling_of"]
+__all__ = ["bring_to_disk", "create_sibling", "publish_result", "read_results", "sibling_of"]
+
+FEW_FILES = 300
+"""Up to so many files and directories are synced one by one."""
+_AT_ONCE = 8
+"""One after another, each would wait for a write of the file system's journal of its own."""
 
 
 def publish_result(store: Path, kind: str, dataset: "xr.Dataset", *, attrs: Mapping[str, Any]) -> int:
@@ -61,12 +68,42 @@ def publish_result(store: Path, kind: str, dataset: "xr.Dataset", *, attrs: Mapp
     try:
         into.mkdir(exist_ok=True)  # a merge or an older release may have left it out
         _write(aside, dataset, _json({**dataset.attrs, **attrs}))
-        storage.sync_files(aside)
+        bring_to_disk(aside)
         return storage.publish(aside, into)
     except OSError as error:
         raise _refusal(store, error) from error
     finally:
         storage.remove(aside)
+
+
+def bring_to_disk(aside: Path) -> None:
+    """Sync a result that is complete, before the rename that publishes it.
+
+    Its few files are synced themselves, with their directories and those above, which may be as new: a sync of the
+    whole file system would wait for everything that any other process has written. Many files are left to that one.
+
+    Parameters
+    ----------
+    aside : Path
+        The result, in the directory of its kind.
+
+    Raises
+    ------
+    DatastoreError
+        Something could not be written.
+    """
+    new = [aside, *aside.rglob("*"), aside.parent, aside.parent.parent]
+    if len(new) > FEW_FILES:
+        storage.sync_files(aside)
+        return
+    try:
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="sync") as pool:
+            list(pool.map(storage.sync_file, new))
+    except OSError as error:
+        raise DatastoreError(
+            f"{error.filename or aside} could not be brought to disk ({error.strerror}); nothing was committed, run "
+            "the same command again once the disk is well"
+        ) from error
 
 
 def read_results(
@@ -120,6 +157,7 @@ def create_sibling(path: Path, store: Path) -> None:
         storage.sync_files(aside)
         with suppress(FileExistsError):
             os.rename(aside, path)
+        storage.sync_file(path.parent)  # results in it sync their own files, not the file system
     except OSError as error:
         raise _refusal(path, error) from error
     finally:
@@ -164,7 +202,7 @@ def _variable(path: Path) -> "xr.Variable":
     import xarray as xr
 
     meta = storage.array_metadata(path)
-    return xr.Variable(meta.get("dimension_names") or (), _plain(storage.read_array(path)), meta.get("attributes", {}))
+    return xr.Variable(meta.get("dimension_names") or (), _plain(storage.read_array(path, most=MOST_TABLE)), meta.get("attributes", {}))
 
 
 def _plain(values: NDArray[Any]) -> NDArray[Any]:

@@ -23,7 +23,7 @@ from datastore import storage
 from datastore.cells import Cells
 from datastore.errors import AbsentError, MisuseError, ReadOnlyError
 from datastore.query import Rollouts, Store
-from datastore.results import create_sibling
+from datastore.results import bring_to_disk, create_sibling
 from datastore.scores import IDENTITY, Place, Result, create_result, known_columns, load_results, read_scores
 from experiments.direction import Direction, directions_of
 from experiments.vectors import find_directions, load_direction
@@ -304,7 +304,7 @@ def _keep(store: Store, todo: Work, group: Group, *, into: Path, selection: Mapp
         _lay_down(store, todo, job, selection=selection)
         run(job, list(job.tasks()))
         storage.consolidate(aside)
-        storage.sync_files(aside)
+        bring_to_disk(aside)
         return storage.publish(aside, into / "scores")
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from datastore import storage
-from datastore.errors import CorruptError, MisuseError, NotAStoreError, ReadOnlyError
+from datastore import results, storage
+from datastore.errors import CorruptError, DatastoreError, MisuseError, NotAStoreError, ReadOnlyError
 from datastore.results import create_sibling, publish_result, read_results, sibling_of
 
 
@@ -80,14 +80,40 @@ def test_misuse_writes_nothing(store: Path, kind: str, attrs: dict[str, object],
     assert os.listdir(store / "scores") == ["zarr.json"]
 
 
-def test_a_failure_midway_leaves_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [0, 1000])
+def test_a_failure_midway_leaves_nothing(store: Path, monkeypatch: pytest.MonkeyPatch, few: int) -> None:
     def full(path: Path, descriptor: int | None = None) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "sync_files", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(results, "FEW_FILES", few)
+    monkeypatch.setattr(storage, "sync_file" if few else "sync_files", full)
+    with pytest.raises((OSError, DatastoreError), match="No space left"):
         publish_result(store, "scores", table(), attrs={})
     assert os.listdir(store / "scores") == ["zarr.json"]
+
+
+def test_every_file_and_directory_of_a_result_is_synced_before_its_rename(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync, rename = set[str](), os.fsync, os.rename
+    asked = dict[str, set[str]]()
+
+    def remember(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        asked[str(target)] = {path.removeprefix(str(source)) for path in synced}
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    monkeypatch.setattr(os, "rename", renamed)
+    publish_result(store, "calibration", table(), attrs={})
+    target = store / "calibration" / "0001"
+    there = {str(path).removeprefix(str(target)) for path in [target, *target.rglob("*")]}
+    above = {str(store), str(store / "calibration")}
+    assert asked[str(target)] == there | above
+    assert sum(name.endswith("zarr.json") for name in there) > 1
 
 
 @pytest.fixture
