@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from datastore import storage
 from datastore.errors import CorruptError, DatastoreError, MisuseError, ReadOnlyError
-from datastore.plainfile import MOST_TABLE
 from datastore.schema import FORMAT, FORMAT_VERSION
 
 if TYPE_CHECKING:
@@ -202,7 +201,7 @@ def _variable(path: Path) -> "xr.Variable":
     import xarray as xr
 
     meta = storage.array_metadata(path)
-    return xr.Variable(meta.get("dimension_names") or (), _plain(storage.read_array(path, most=MOST_TABLE)), meta.get("attributes", {}))
+    return xr.Variable(meta.get("dimension_names") or (), _plain(storage.read_array(path)), meta.get("attributes", {}))
 
 
 def _plain(values: NDArray[Any]) -> NDArray[Any]:
