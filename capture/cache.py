@@ -20,7 +20,21 @@ from capture.errors import CacheError
 from capture.skeleton import tensors_of
 from capture.tensorfiles import Stored, checksum, fill, header, write
 
-__all__ = ["FORMAT", "Entry", "Manifest", "Wanted", "build", "default_directory", "fingerprint", "read", "verify"]
+__all__ = [
+    "FORMAT",
+    "Entry",
+    "Manifest",
+    "Wanted",
+    "build",
+    "check",
+    "default_directory",
+    "fingerprint",
+    "link",
+    "read",
+    "sources",
+    "verify",
+    "verify_tensors",
+]
 
 FORMAT = 1
 """Goes up when a tensor comes to mean something else, such as another order of packed experts."""
@@ -123,11 +137,10 @@ def build(
     Raises
     ------
     CacheError
-        The disk has not the room.
+        The disk has not the room, or the directory holds something else than a cache.
     """
     total = sum(t.numel() * t.element_size() for t in tensors.values())
-    directory = directory.absolute()
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    directory = _room_for_a_cache(directory)
     free = shutil.disk_usage(directory.parent).free
     if total > free:
         raise CacheError(
@@ -205,6 +218,37 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
         json.dump(values, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+
+
+def link(found: Path, directory: Path) -> None:
+    """Make a directory the cache that lies, whole, in another one, by links to its files.
+
+    Raises
+    ------
+    CacheError
+        The directory holds something else than a cache.
+    """
+    directory = _room_for_a_cache(directory)
+    aside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        for file in (*read(found).files, MANIFEST):
+            (aside / file).symlink_to((found / file).resolve())
+        _put_in_place(aside, directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _room_for_a_cache(directory: Path) -> Path:
+    """A directory that nothing is lost by replacing, made absolute."""
+    directory = directory.absolute()
+    others = directory.iterdir() if directory.is_dir() else [directory] if directory.exists() else []
+    for one in others:
+        if one.name != MANIFEST and (one.suffix != ".safetensors" or directory == one):
+            raise CacheError(f"{directory} holds {one.name}, so it is no cache and is not replaced; name another --dir")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def _put_in_place(aside: Path, directory: Path) -> None:

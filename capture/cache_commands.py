@@ -12,8 +12,9 @@ import typer
 from datastore import console
 
 if TYPE_CHECKING:
-    from capture.cache import Manifest
+    from capture.cache import Manifest, Wanted
     from capture.loaders import Order
+    from capture.modelinfo import ModelInfo
 
 __all__ = ["byte_ticker", "register"]
 
@@ -66,8 +67,10 @@ def manage_cache(
     wanted = wanted_cache(info, info.directory, dtype=dtype or info.dtype, n_layers=info.n_layers)
     place = directory or cache.default_directory(wanted)
     if action is Action.BUILD and from_hub:
-        _pull(from_hub, place)
+        _pull(from_hub, wanted, place)
     elif action is Action.BUILD:
+        if to_hub:
+            _refuse_local(info)
         _build(loading.order_of(info, dtype=dtype, device=device), place, quiet=as_json)
         if to_hub:
             _push(to_hub, place)
@@ -96,17 +99,29 @@ def _name(order: "Order") -> Any:
     return order.devices or "cpu"
 
 
-def _pull(repository: str, place: Path) -> None:
+def _pull(repository: str, wanted: "Wanted", place: Path) -> None:
+    """Put in place what was downloaded, once every byte of it is known to be good and of this model."""
     from capture import cache, hub
 
-    hub.pull(repository, None, place)
-    cache.verify(place)
+    found = hub.pull(repository)
+    cache.check(cache.verify(found), wanted, found)
+    cache.link(found, place)
+
+
+def _refuse_local(info: "ModelInfo") -> None:
+    from capture.errors import RequestError
+
+    if info.revision is None:
+        raise RequestError(
+            f"{info.name} is known by the files of this machine alone, so its cache would fit no other machine's; give "
+            "the model's name on the Hub to push its cache"
+        )
 
 
 def _push(repository: str, place: Path) -> None:
     from capture import hub
 
-    console.stderr().print(f"pushed: {hub.push(repository, place)}")
+    console.stderr().print(f"pushed: {hub.push(repository, place)}", soft_wrap=True)  # an address is copied whole
 
 
 def _remove(place: Path, *, yes: bool) -> None:

@@ -1,11 +1,13 @@
 """Models and caches from the Hugging Face Hub and back: a pinned revision, and no more than fits on the disk."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache, upload_folder
+from huggingface_hub import HfApi, constants, snapshot_download, upload_folder
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.hf_api import RepoSibling
 
 from capture.errors import ModelError
 
@@ -27,26 +29,15 @@ def snapshot(name: str, revision: str | None) -> Path:
     return _download(name, revision, _WEIGHTS)
 
 
-def pull(repository: str, revision: str | None, directory: Path) -> None:
-    """Fetch a cache from a Hub repository into a directory; the manifest comes last.
+def pull(repository: str, revision: str | None = None) -> Path:
+    """Download a cache from a Hub repository, going on where it was interrupted, and return its directory.
 
     Raises
     ------
     ModelError
         As `snapshot`.
     """
-    found = _download(repository, revision, _CACHE)
-    aside = directory.with_name(f".{directory.name}.pulled")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        for file in sorted(found.iterdir(), key=lambda path: path.name == "manifest.json"):
-            if any(fnmatch(file.name, pattern) for pattern in _CACHE):
-                (aside / file.name).symlink_to(file.resolve())
-        shutil.rmtree(directory, ignore_errors=True)
-        aside.rename(directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    return _download(repository, revision, _CACHE)
 
 
 def push(repository: str, directory: Path) -> str:
@@ -59,35 +50,44 @@ def push(repository: str, directory: Path) -> str:
     """
     try:
         HfApi().create_repo(repository, private=True, exist_ok=True)
-        done = upload_folder(repo_id=repository, folder_path=str(directory), allow_patterns=list(_CACHE))
+        done = upload_folder(
+            repo_id=repository,
+            folder_path=str(directory),
+            allow_patterns=list(_CACHE),
+            delete_patterns=list(_CACHE),  # what an earlier cache had and this one has not
+        )
     except Exception as error:
         raise ModelError(f"the cache could not be pushed to {repository}: {_reason(error)}") from error
     return str(done)
 
 
-def _download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     try:
         if not constants.HF_HUB_OFFLINE:
-            _refuse_full_disk(name, revision, tuple(patterns))
+            _refuse_full_disk(name, revision, patterns)
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except ModelError:
         raise
     except Exception as error:
         offline = " (offline mode is on)" if constants.HF_HUB_OFFLINE else ""
-        raise ModelError(f"{name} can't be had from the Hub{offline}: {_reason(error)}") from error
+        raise ModelError(
+            f"{name} can't be had from the Hub{offline}: {_reason(error)}; files that were downloaded whole are kept, "
+            "the same command goes on with the others"
+        ) from error
 
 
-def _refuse_full_disk(name: str, revision: str | None, patterns: tuple[str, ...]) -> None:
-    files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+def _refuse_full_disk(name: str, revision: str | None, patterns: Sequence[str]) -> None:
+    try:
+        files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+    except Exception:
+        return  # the download says what is wrong, unless all of it is here and the Hub is not needed
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
     need = sum(
         file.size or 0
         for file in files
-        if any(fnmatch(file.rfilename, pattern) for pattern in patterns)
-        and not isinstance(try_to_load_from_cache(name, file.rfilename, revision=revision), str)
+        if any(fnmatch(file.rfilename, pattern) for pattern in patterns) and not _blob(folder, file).exists()
     )
-    place = next(
-        path for path in (Path(constants.HF_HUB_CACHE), *Path(constants.HF_HUB_CACHE).parents) if path.exists()
-    )
+    place = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
     if need > free:
         raise ModelError(
@@ -96,5 +96,11 @@ def _refuse_full_disk(name: str, revision: str | None, patterns: tuple[str, ...]
         )
 
 
+def _blob(folder: Path, file: RepoSibling) -> Path:
+    """Where the Hub's cache keeps a file's bytes, whichever commits it is of."""
+    return folder / "blobs" / str(file.lfs.sha256 if file.lfs else file.blob_id)
+
+
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    told = " ".join(f"{error} {error.__cause__ or ''}".split())
+    return told[:300] or type(error).__name__

@@ -3,7 +3,6 @@
 A cache is tried first; whatever is wrong with it is logged, and the next way is taken.
 """
 
-import importlib.util
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, BitsAndBytesConfig
 
-from capture import cache, gpucache, skeleton
+from capture import cache, gpucache, hub, skeleton
 from capture.errors import CacheError, ModelError, RequestError
 from capture.int4 import checkpoint_files, int4_sources
 from capture.modelinfo import ModelInfo
@@ -35,8 +34,8 @@ class Order:
     Attributes
     ----------
     info : ModelInfo
-    directory : Path
-        Where its files are.
+    directory : Path or None
+        Where its files are; None for a model of the Hub, whose files are downloaded where no cache can be used.
     config : transformers config
         Of the layers that will run.
     dtype : str
@@ -49,7 +48,7 @@ class Order:
     """
 
     info: ModelInfo
-    directory: Path
+    directory: Path | None
     config: Any
     dtype: str
     devices: Any
@@ -61,6 +60,10 @@ class Order:
     def n_layers(self) -> int:
         """Layers that will run."""
         return int(self.config.get_text_config().num_hidden_layers)
+
+    def files(self) -> Path:
+        """Return where its files are, once they are there."""
+        return self.directory or hub.snapshot(self.info.name, self.info.revision)
 
 
 def wanted_cache(info: ModelInfo, directory: Path | None, *, dtype: str, n_layers: int) -> cache.Wanted:
@@ -84,7 +87,7 @@ def load_weights(order: Order, *, tick: Tick = lambda _, __: None) -> Any:
     ModelError
         Weights are missing, unreadable, or not those of the config.
     RequestError
-        bitsandbytes is asked for and not installed; the device map does not cover the model.
+        The device map does not cover the model, or puts packed experts on the disk.
     """
     int4 = skeleton.int4_layout(order.info.config)
     if order.info.quantize:
@@ -102,7 +105,7 @@ def load_weights(order: Order, *, tick: Tick = lambda _, __: None) -> Any:
         )
     LOG.info("reading the shards of %s", order.info.model_id)
     skeleton.place(model, devices)
-    _read(int4_sources(model, order.directory), tick)
+    _read(int4_sources(model, order.files()), tick)
     LOG.info("Fused INT4 experts of %d layers", sum(1 for m in model.modules() if type(m).__name__ == "Int4Experts"))
     return skeleton.dispatch(model, devices)
 
@@ -182,7 +185,8 @@ def _from_gpu_cache(order: Order, directory: Path, tick: Tick) -> Any:
 
 def _from_pretrained(order: Order) -> Any:
     info, extra = order.info, {}
-    checkpoint_files(order.directory)
+    directory = order.files()
+    checkpoint_files(directory)
     if order.devices:
         extra["device_map"] = order.devices
     if isinstance(order.devices, Mapping) and "disk" in order.devices.values():
@@ -191,7 +195,7 @@ def _from_pretrained(order: Order) -> Any:
         extra["quantization_config"] = _bitsandbytes(info.quantize, order.dtype)
     LOG.info("from_pretrained %s", info.model_id)
     model, report = AutoModel.from_pretrained(
-        str(order.directory),
+        str(directory),
         config=order.config,
         dtype=getattr(torch, order.dtype),
         attn_implementation=order.attn_implementation,
@@ -215,10 +219,6 @@ def _check_report(info: ModelInfo, report: Mapping[str, Any]) -> None:
 
 
 def _bitsandbytes(kind: str, dtype: str) -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RequestError(
-            f"quantising to {kind} needs the package bitsandbytes, which is not installed: pip install bitsandbytes"
-        )
     make: Any = BitsAndBytesConfig
     if kind == "8bit":
         return make(load_in_8bit=True)

@@ -1,6 +1,7 @@
 """A model from a directory or the Hub: described without its weights, loaded up to the layers that will run."""
 
 import hashlib
+import importlib.util
 import json
 import platform
 import re
@@ -86,13 +87,17 @@ def describe(
     Raises
     ------
     RequestError
-        For another `quantize`.
+        For another `quantize`, or where bitsandbytes is not installed.
     ModelError
         Where the directory, its config or tokenizer is missing, the Hub has no such model, or the dtype is not one
         that a store holds.
     """
     if quantize not in (None, "8bit", "4bit"):
         raise RequestError(f"quantize {quantize!r} is not known; choose 8bit or 4bit, or leave it out")
+    if quantize and importlib.util.find_spec("bitsandbytes") is None:
+        raise RequestError(
+            f"quantising to {quantize} needs the package bitsandbytes, which is not installed: pip install bitsandbytes"
+        )
     directory = _directory(name_or_dir)
     name = str(directory or name_or_dir)
     config = _config(name, revision, trust_remote_code)
@@ -183,7 +188,7 @@ def order_of(
     attn_implementation: str | None = None,
     cache: Path | bool | None = None,
 ) -> Order:
-    """Check what `load` was asked for, and find the files; a model of the Hub is downloaded."""
+    """Check what `load` was asked for; a model of the Hub is downloaded later, where no cache can be used."""
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not one that a store holds; choose {', '.join(DTYPES)}")
     n_layers = _layers_to_load(info, layers)
@@ -191,7 +196,7 @@ def order_of(
     placed = _device_map(device)
     return Order(
         info=info,
-        directory=info.directory or hub.snapshot(info.name, info.revision),
+        directory=info.directory or (None if info.revision else hub.snapshot(info.name, None)),
         config=_shortened(info.config, n_layers),
         dtype=dtype or info.dtype,
         devices=placed,

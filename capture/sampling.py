@@ -65,7 +65,10 @@ def _tensor(info: ModelInfo, name: str) -> Tensor:
             if name in file.keys():  # noqa: SIM118 - not a dict
                 found: Tensor = file.get_tensor(name)
                 return found
-    raise ModelError(f"the files of {info.name} hold no {name}, so this model has no head to sample with")
+    raise ModelError(
+        f"the files of {info.name} hold no {name}, so this model has no head to sample with; where it was loaded from "
+        "a cache alone, download the model too"
+    )
 
 
 def _files(info: ModelInfo) -> list[Path]:

@@ -128,11 +128,31 @@ def test_an_adapter_that_does_not_fit_is_never_ignored(model: Path, adapter: Pat
 
 
 def test_quantising_needs_its_package(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capture.loaders.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("capture.loading.importlib.util.find_spec", lambda _: None)
     with pytest.raises(RequestError, match="quantising to 8bit needs the package bitsandbytes, which is not installed"):
-        load(describe(model, quantize="8bit"), device="cpu")
+        describe(model, quantize="8bit")
     with pytest.raises(RequestError, match="quantize '3bit' is not known; choose 8bit or 4bit"):
         describe(model, quantize="3bit")
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_a_model_is_quantised_while_it_is_loaded_and_says_so(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="quantising is not tested: pip install bitsandbytes, 125 MB")
+    saved = tmp_path / "llama"
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    tiny.tiny_model("llama", dtype=torch.bfloat16, head=True, **sizes).save_pretrained(saved)
+    kimi.save_tokenizer(saved)
+    plain, quantised = (load(describe(saved, quantize=one), device="cpu") for one in (None, kind))
+    assert "quantization" not in provenance(plain)
+    assert provenance(quantised)["quantization"] == f"bitsandbytes {kind}"
+    assert quantised.model.get_submodule("layers.0.mlp.up_proj").weight.dtype in (torch.int8, torch.uint8)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.inference_mode():
+        exact, rounded = (one.model(input_ids=ids).last_hidden_state[0].float() for one in (plain, quantised))
+    alike = torch.nn.functional.cosine_similarity(exact, rounded, dim=-1)
+    assert not torch.equal(exact, rounded)
+    assert alike.min() > (0.99 if kind == "8bit" else 0.7), alike
 
 
 AT_HAND = dict.fromkeys(("embed_tokens", "layers.0", "norm", "rotary_emb"), "cpu")

@@ -43,7 +43,9 @@ def test_what_is_not_a_cache_is_never_removed(model: Path, tmp_path: Path, comma
     told = command("cache", "rm", model, "--dir", precious, "--yes")
     assert told.code == 1
     assert "has no manifest.json, so it was never finished" in told.err
-    assert (precious / "thesis.txt").exists()
+    told = command("cache", "build", model, "--dir", precious)
+    assert (told.code, "holds thesis.txt, so it is no cache and is not replaced" in told.err) == (1, True)
+    assert (precious / "thesis.txt").read_text() == "mine"
     assert "there is no cache at" in command("cache", "verify", model, "--dir", tmp_path / "none").err
 
 
@@ -67,7 +69,7 @@ def test_the_hub_out_of_reach_is_said(
     assert "no-such/cache can't be had from the Hub (offline mode is on)" in told.err
     assert not (tmp_path / "c").exists()
     told = command("cache", "build", model, "--dir", tmp_path / "c", "--to-hub", "no-such/cache")
-    assert told.code == 1
-    assert "the cache could not be pushed to no-such/cache" in told.err
-    assert (tmp_path / "c" / "manifest.json").exists(), "what was built stays"
+    assert told.code == 2
+    assert "its cache would fit no other machine's; give the model's name on the Hub" in told.err
+    assert not (tmp_path / "c").exists()
     assert "belong to build, not to rm" in command("cache", "rm", model, "--from-hub", "a/b").err

@@ -1,35 +1,64 @@
-"""The Hub without a network: a snapshot is used at its commit; what is missing, and a full disk, are said."""
+"""The Hub: a snapshot is used at its commit, a cache is pushed and pulled, and what is in the way is said.
+
+Processes of their own speak to a Hub of this machine, as `huggingface_hub` speaks to the real one.
+"""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from capture import hub
-from capture.errors import ModelError
+from capture import cache
 from tests import kimi
+from tests.capture.hubserver import Hub
 from tests.house import ROOT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SHARD = "model-00002-of-00002.safetensors"
 
+# Loads a model at each revision that is named, and says what it recorded and what the weights are.
 LOAD = """
-import json
+import json, logging, sys
 from capture.loading import describe, load, provenance
-info = describe("owner/tiny")
-print(json.dumps(provenance(load(info, device="cpu", layers=[0]))))
+from capture.skeleton import tensors_of
+from capture.tensorfiles import checksum
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+for revision in sys.argv[1:]:
+    loaded = load(describe("owner/tiny", revision=None if revision == "-" else revision), device="cpu")
+    weights = {name: checksum(one) for name, one in tensors_of(loaded.model).items()}
+    print(json.dumps({**provenance(loaded), "weights": weights}))
 """
 
 
-def offline(home: Path) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    environment.pop("HF_HUB_CACHE", None)
-    return subprocess.run([sys.executable, "-c", LOAD], cwd=ROOT, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    one = Hub()
+    try:
+        yield one
+    finally:
+        one.stop()
+
+
+def python(words: list[object], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    line = [sys.executable, *map(str, words)]
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def load(environment: dict[str, str], *revisions: str) -> list[dict[str, Any]]:
+    done = python(["-c", LOAD, *revisions], environment)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def manage(environment: dict[str, str], *words: object) -> "subprocess.CompletedProcess[str]":
+    return python(["-m", "capture", "cache", *words], environment)
 
 
 def test_a_snapshot_is_loaded_at_its_commit_and_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -38,34 +67,103 @@ def test_a_snapshot_is_loaded_at_its_commit_and_a_missing_shard_is_named(tmp_pat
     shutil.copytree(kimi.save_kimi(tmp_path / "k", shards=3), snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
-    done = offline(tmp_path)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    (said,) = load(environment, "-")
     assert (said["model"], said["revision"], said["weights_sha256"]) == ("owner/tiny", COMMIT, None)
     (snapshot / "model-00002-of-00003.safetensors").unlink()
-    done = offline(tmp_path)
+    done = python(["-c", LOAD, "-"], environment)
     assert done.returncode != 0
     assert "lacks 1 of 3 shards, model-00002-of-00003.safetensors the first" in done.stderr
 
 
-def test_what_does_not_fit_the_disk_is_not_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    files = [
-        SimpleNamespace(rfilename="model.safetensors", size=1 << 50),
-        SimpleNamespace(rfilename="a.bin", size=1 << 60),
-    ]
-    asked: list[Any] = []
+def test_a_revision_is_pinned_and_recorded_and_once_it_is_here_the_hub_is_not_asked(hub: Hub, tmp_path: Path) -> None:
+    first = hub.put("owner/tiny", kimi.save_kimi(tmp_path / "first"))
+    second = hub.put("owner/tiny", kimi.save_kimi(tmp_path / "second", num_hidden_layers=2))
+    environment = hub.environment(tmp_path / "home")
+    old, new = load(environment, first, "-")
+    assert (old["revision"], old["n_layers"]) == (first, 3)
+    assert (new["revision"], new["n_layers"]) == (second, 2)
+    of_first = [one for one in hub.asked if f"/resolve/{first}/model-" in one and one.startswith("GET")]
+    assert len(of_first) == 2, "its two shards, at the commit itself"
+    assert not [one for one in hub.asked if "/resolve/main/model-" in one], "a branch may move between two files"
 
-    class Api:
-        def model_info(self, *what: Any, **how: Any) -> Any:
-            asked.append((what, how))
-            return SimpleNamespace(siblings=files)
+    hub.asked.clear()
+    assert load({**environment, "HF_HUB_OFFLINE": "1"}, first, "-") == [old, new]
+    assert hub.asked == []
+    empty = python(["-c", LOAD, first], hub.environment(tmp_path / "empty", HF_HUB_OFFLINE="1"))
+    assert (empty.returncode, hub.asked) == (1, [])
+    assert "owner/tiny" in empty.stderr
 
-    monkeypatch.setattr(hub, "HfApi", Api)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(
-        ModelError, match=r"owner/big takes 1,125,899,906,842,624 more bytes and .* nothing was downloaded"
-    ):
-        hub.snapshot("owner/big", COMMIT)
-    assert asked == [(("owner/big",), {"revision": COMMIT, "files_metadata": True})]
-    assert not (tmp_path / "hub").exists()
+
+def test_a_cache_is_pushed_and_pulled_elsewhere_with_the_same_bits(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.put("owner/tiny", kimi.save_kimi(tmp_path / "model"))
+    here, there = hub.environment(tmp_path / "here"), hub.environment(tmp_path / "there")
+    pushed = manage(here, "build", "owner/tiny", "--to-hub", "owner/cache")
+    assert pushed.returncode == 0, pushed.stderr
+    repository = hub.repositories["owner/cache"]
+    (place,) = (tmp_path / "here" / "activation_cache").iterdir()
+    _, commit_of_cache = repository.commits
+    there_now = repository.commits[commit_of_cache]
+    assert f"pushed: {hub.url}/owner/cache/commit/{commit_of_cache}" in pushed.stderr
+    assert repository.private
+    assert there_now == {
+        ".gitattributes": there_now[".gitattributes"],
+        **{file.name: file.read_bytes() for file in place.iterdir()},
+    }
+    assert len(hub.fetched(SHARD)) == 1
+
+    # A machine that has neither: the disk has no room, then it is interrupted, then it has all.
+    hub.exaggerates = "rest.safetensors"
+    full = manage(there, "build", "owner/tiny", "--from-hub", "owner/cache")
+    assert (full.returncode, hub.fetched("rest.safetensors")) == (1, [])
+    assert "owner/cache takes 1,125,899," in full.stderr
+    assert "nothing was downloaded" in full.stderr
+    hub.exaggerates = ""
+
+    hub.stalls = "layers-from-000.safetensors"
+    words = [sys.executable, "-m", "capture", "cache", "build", "owner/tiny", "--from-hub", "owner/cache"]
+    blob = cache.read(place).files["rest.safetensors"]
+    blobs = tmp_path / "there" / "hub" / "models--owner--cache" / "blobs"
+    with subprocess.Popen(words, cwd=ROOT, env=there, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 300
+        while not (hub.fetched(hub.stalls) and blob in [file.stat().st_size for file in blobs.glob("*[!e]")]):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.kill()
+    hub.stalls = ""
+    assert not (tmp_path / "there" / "activation_cache").exists(), "half of a cache is put nowhere"
+
+    pulled = manage(there, "build", "owner/tiny", "--from-hub", "owner/cache", "--json")
+    assert pulled.returncode == 0, pulled.stderr
+    assert len(hub.fetched("rest.safetensors")) == 1, "what was whole is not fetched again"
+    assert len(hub.fetched("layers-from-000.safetensors")) == 2
+    directory = Path(json.loads(pulled.stdout)["directory"])
+    assert cache.verify(directory).of.revision == commit
+    for file in place.iterdir():
+        assert (directory / file.name).read_bytes() == file.read_bytes()
+
+    (loaded,) = load({**there, "HF_HUB_OFFLINE": "1"}, "-")
+    assert len(hub.fetched(SHARD)) == 1, "the model's own weights were never needed there"
+    plain = hub.environment(tmp_path / "plain")
+    assert [loaded] == load(plain, "-")
+    assert len(hub.fetched(SHARD)) == 2
+
+
+def test_who_may_not_push_is_told_and_a_bad_cache_is_not_put_in_place(hub: Hub, tmp_path: Path) -> None:
+    hub.put("owner/tiny", kimi.save_kimi(tmp_path / "model"))
+    environment = hub.environment(tmp_path / "home")
+    refused = manage({**environment, "HF_TOKEN": "hf_another"}, "build", "owner/tiny", "--to-hub", "owner/cache")
+    assert refused.returncode == 1
+    assert "the cache could not be pushed to owner/cache: " in refused.stderr
+    (place,) = (tmp_path / "home" / "activation_cache").iterdir()
+    file, before = place / "rest.safetensors", (place / "manifest.json").read_bytes()
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    hub.put("owner/cache", place)
+    file.write_bytes(good)
+    pulled = manage(environment, "build", "owner/tiny", "--from-hub", "owner/cache")
+    assert pulled.returncode == 1
+    assert "a byte of it has changed" in pulled.stderr
+    assert (file.read_bytes(), (place / "manifest.json").read_bytes()) == (good, before), "the good one stays"
