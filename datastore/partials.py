@@ -120,8 +120,10 @@ class Partials:
             for layer_index in range(len(plan.layers)):
                 (directory / one.name / str(layer_index)).mkdir(parents=True)
 
-    def __init__(self, directory: Path, plan: Plan) -> None:
+    def __init__(self, directory: Path, plan: Plan, *, memory: int = 0) -> None:
         self._directory, self._plan = directory, plan
+        self._kept: dict[ChunkId, MomentsTable] = {}
+        self._room = memory  # for tables of chunks that this process wrote, so that a commit need not read them back
         self._notes_file = directory / f"notes-{uuid.uuid4().hex}.json"  # a process id may come back
         self._notes: dict[str, list[Any]] = {}
         self._lock = threading.Lock()
@@ -145,11 +147,20 @@ class Partials:
     def write(self, chunk: ChunkId, values: NDArray[Any], *, seal: bytes) -> MomentsTable:
         """Compute and keep the statistics of a chunk; `seal` is the end of its file, its checksum."""
         table = MomentsTable.of_pieces(values, self.pieces(chunk))
-        storage.write_atomic(self._file(chunk), seal + table.to_bytes())
+        encoded = seal + table.to_bytes()
+        storage.write_atomic(self._file(chunk), encoded)
+        with self._lock:
+            if self._room >= len(encoded):
+                self._room -= len(encoded)
+                self._kept[chunk] = table
         return table
 
     def read(self, group: Path, chunk: ChunkId) -> MomentsTable:
         """Return the statistics of a chunk, computed again where they are missing or not of its bits."""
+        with self._lock:
+            kept = self._kept.pop(chunk, None)
+        if kept is not None:
+            return kept
         file = storage.chunk_file(group / chunk.component, grid_index(chunk))
         try:
             raw = self._file(chunk).read_bytes()

@@ -102,12 +102,12 @@ class Writer:
         largest = max(plan.chunk_tokens[c.name] * c.width * c.itemsize for c in plan.components)
         self._workers = max(1, min(threads or len(os.sched_getaffinity(0)), memory // (4 * largest)))
         self._memory = memory
-        self._partials = Partials(directory / "partials", plan)
+        self._partials = Partials(directory / "partials", plan, memory=memory // 16)
         self._layer_index = {layer: i for i, layer in enumerate(plan.layers)}
         self._dtypes = {c.name: numpy_dtype(c.dtype) for c in plan.components}
         self._failure: BaseException | None = None
         self._count = Lock()
-        allowance = memory - 2 * largest * self._workers
+        allowance = memory - memory // 16 - 2 * largest * self._workers
         self._assembly = Assembly(
             plan,
             directory / f"spill-{self._start}",
