@@ -79,12 +79,17 @@ class ModelHolder:
 
     async def stop(self) -> None:
         """End the process, at once."""
-        process, self._process = self._process, None
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if process is not None:
-            await process.end()
+        if self._process is not None:
+            await self._process.end()
+        self._process = None
+
+    def kill(self) -> None:
+        """Kill the process and wait for nothing; any thread may."""
+        if self._process is not None:
+            self._process.kill()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

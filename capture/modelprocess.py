@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -102,10 +103,15 @@ class ModelProcess:
 
     async def end(self) -> None:
         """Kill the process and wait until it is gone, and its memory with it."""
-        with contextlib.suppress(ProcessLookupError):
-            self._child.kill()
+        self.kill()
         await self._child.wait()
         await self._reading
+
+    def kill(self) -> None:
+        """Kill the process and wait for nothing; any thread may."""
+        if self._child.returncode is None:  # else its number may be another's by now
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child.pid, signal.SIGKILL)
 
     def _write(self, asked: Mapping[str, Any]) -> None:
         assert self._child.stdin is not None

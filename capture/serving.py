@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +46,9 @@ LOG = logging.getLogger("capture")
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 HEARTBEAT = 15.0
 """Seconds without an event after which a comment is sent, so that nobody between takes the line for dead."""
+
+LONGEST_END = 4.5
+"""Seconds after a signal until the process leaves, whatever still hangs: the next start finds all in order."""
 
 LEAST_PAUSE = 0.1
 """Seconds between two events of one task."""
@@ -289,10 +294,24 @@ async def _serve(
     )
     await first
     LOG.info("ending")
+    if stopped.is_set():
+        _leave_in_time(service.model)
     await service.stop()
     server.should_exit = True
     await serving
     return service.model.lost.result() if service.model.lost.done() else None
+
+
+def _leave_in_time(model: ModelHolder) -> None:
+    """End in order or not, but end: what hangs, on a starved machine or a dead disk, is not waited for."""
+
+    def leave() -> None:
+        model.kill()
+        os._exit(0)
+
+    timer = threading.Timer(LONGEST_END, leave)
+    timer.daemon = True
+    timer.start()
 
 
 class _Server(uvicorn.Server):

@@ -1,4 +1,7 @@
-"""A capture server as tests use it: a real process, an experiment tree of the users' shape, their own request."""
+"""A capture server as tests use it: a real process, an experiment tree of the users' shape, their own request.
+
+`python -m tests.capture.served DIR` writes that tree and a tiny model for whoever wants to try the server by hand.
+"""
 
 import json
 import os
@@ -16,6 +19,7 @@ import numpy as np
 import psutil
 
 from capture.client import Client
+from tests import kimi
 from tests.house import ROOT
 
 EXPERIMENT, PROMPT_SET = "mats-mental-state-circuits", "secret_number_audit"
@@ -104,9 +108,19 @@ class Server:
         Of the experiments.
     *words
         Further options.
+    home : Path, optional
+        Its HF_HOME, below which the model's cache is saved.
     """
 
-    def __init__(self, model: Path, root: Path, *words: object, port: int = 0, token: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        root: Path,
+        *words: object,
+        port: int = 0,
+        token: str | None = None,
+        home: Path | None = None,
+    ) -> None:
         self.log_file = root.parent / f"serve-{time.monotonic_ns()}.log"
         options = ["--model", model, "--experiments-root", root, "--port", port, "--batch-tokens", 256, *words]
         if "--tasks" not in words:
@@ -115,7 +129,12 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "capture", "serve", *map(str, options)],
                 cwd=ROOT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", **({"ADS_CAPTURE_TOKEN": token} if token else {})},
+                env={
+                    **os.environ,
+                    "HF_HUB_OFFLINE": "1",
+                    **({"ADS_CAPTURE_TOKEN": token} if token else {}),
+                    **({"HF_HOME": str(home)} if home else {}),
+                },
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -161,6 +180,12 @@ class Server:
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def kill(self) -> None:
+        """Leave nothing running, whatever a test has come to."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
     def end(self, signal: int) -> int:
         """Send a signal, and return the exit code."""
         self.process.send_signal(signal)
@@ -182,3 +207,14 @@ class Server:
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())
+
+
+def main() -> None:
+    """Write DIR/kimi, of 61 tiny layers with INT4 experts, and DIR/experiments with 25 rollouts of it."""
+    top = Path(sys.argv[1]).resolve()
+    make_tree(top / "experiments", kimi.save_kimi(top / "kimi", num_hidden_layers=61), n_tokens=1000)
+    print(f"{top}: a model in kimi, an experiment in experiments/{EXPERIMENT}")
+
+
+if __name__ == "__main__":
+    main()

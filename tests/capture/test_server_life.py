@@ -1,15 +1,24 @@
 """A server's life with the users' own lines: killed in the middle, ended in the middle, begun again, a whole store."""
 
+import json
+import re
 import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 
 from tests import kimi
 from tests.capture import cli, served, stored
 from tests.capture.cli import Command, command
 from tests.capture.served import Server
+from tests.house import ROOT
 
 __all__ = ["command"]
 
@@ -51,13 +60,69 @@ def assert_made_at_once(command: Command, tree: Path, store: Path, *, alone: Pat
     assert cli.contents(store) == cli.contents(alone)
 
 
-def test_the_users_lines_make_a_whole_store_however_the_server_ends(command: Command, tmp_path: Path) -> None:
+# The end of a server whose orderly end hangs: the real timer, a process for the model, and nothing that ever finishes.
+HANGING = """
+import asyncio, subprocess, sys, time
+from capture import serving
+from capture.modelprocess import ModelProcess
+
+class Holder:
+    def kill(self):
+        process.kill()
+
+async def hang():
+    global process
+    process = await ModelProcess.start()
+    print(process.pid, flush=True)
+    serving.LONGEST_END = 0.2
+    serving._leave_in_time(Holder())
+    time.sleep(600)
+
+asyncio.run(hang())
+"""
+
+
+def test_a_server_whose_end_hangs_leaves_all_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGING], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with suppress(psutil.NoSuchProcess):
+        assert gone([psutil.Process(int(done.stdout))])
+
+
+def test_the_page_shows_the_line_that_is_typed_here() -> None:
+    shown = re.search(
+        r"-H 'Content-Type: application/json' -d '(.*?)'\n", (ROOT / "docs/server.md").read_text(), re.DOTALL
+    )
+    typed = re.search(r"-d '(.*)'$", served.CAPTURE_LINE, re.DOTALL)
+    assert shown
+    assert typed
+    assert json.loads(shown[1]) == json.loads(typed[1])
+    assert len(json.loads(typed[1])["prompt_ids"]) == 22
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    """Start servers, of which none is left behind where a test fails."""
+    started: list[Server] = []
+
+    def begin(*words: Any, **options: Any) -> Server:
+        started.append(Server(*words, **options))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        one.kill()
+
+
+def test_the_users_lines_make_a_whole_store_however_the_server_ends(
+    start: Callable[..., Server], command: Command, tmp_path: Path
+) -> None:
     root = tmp_path / "experiments"
     model = kimi.save_kimi(tmp_path / "kimi", num_hidden_layers=61)
     tree = served.make_tree(root, model)
     store = tree / "inference" / "kimi_k2" / f"{served.PROMPT_SET}.zarr"
 
-    first = Server(model, root, "--chunk-tokens", 128)
+    first = start(model, root, "--chunk-tokens", 128)
     assert first.type(served.HEALTH_LINE) == {"status": "ok", "model": str(model), "loaded": False, "active_evals": 0}
     answer = first.type(served.CAPTURE_LINE)  # before the model is there: it waits
     assert answer == {"task_id": answer["task_id"], **ACCEPTED, "store": str(store)}
@@ -72,7 +137,7 @@ def test_the_users_lines_make_a_whole_store_however_the_server_ends(command: Com
     assert finished
     assert stored.captures(store) == []
 
-    second = Server(model, root, "--chunk-tokens", 128, port=port)
+    second = start(model, root, "--chunk-tokens", 128, port=port)
     killed = second.type(served.STATUS_LINE.format(task_id=answer["task_id"]))
     assert killed["status"] == "interrupted"
     assert "send the same request again to go on" in killed["error"]
@@ -85,7 +150,7 @@ def test_the_users_lines_make_a_whole_store_however_the_server_ends(command: Com
     assert stored.captures(store) == []
     assert all(file.stat().st_mtime_ns == at for file, at in finished.items()), "a finished chunk is not written again"
 
-    third = Server(model, root, "--chunk-tokens", 128, port=port)
+    third = start(model, root, "--chunk-tokens", 128, port=port)
     assert third.type(served.STATUS_LINE.format(task_id=again["task_id"]))["status"] == "interrupted"
     last = third.client.wait(third.type(served.CAPTURE_LINE)["task_id"])
     assert (last.status, last.captures, last.progress.rollouts, last.progress.of) == ("completed", [1], 22, 22)
