@@ -23,6 +23,7 @@ from datastore.cells import Cells
 from datastore.codec import ChunkDecoder
 from datastore.dtype import numpy_dtype
 from datastore.errors import ConflictError, CorruptError
+from datastore.plainfile import MOST_TABLE
 from datastore.schema import ROLES, SEGMENTS
 from datastore.stream import Block, Source, map_blocks
 from datastore.union import Capture
@@ -75,7 +76,7 @@ def layout_of(path: Path, mark: tuple[int, int]) -> _Layout:
     try:
         tokens, width = int(meta["chunk_grid"]["configuration"]["chunk_shape"][0]), int(meta["shape"][2])
         dtype, axis = numpy_dtype(meta["data_type"]), str(meta["dimension_names"][2])
-        if tokens < 1 or width < 1:
+        if tokens < 1 or width < 1 or tokens * width * dtype.itemsize > MOST_TABLE:
             raise ValueError(f"chunks of {tokens} tokens of width {width}")
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise CorruptError(

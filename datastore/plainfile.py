@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from datastore.codec import ChunkDecoder, decode_text
 from datastore.errors import CorruptError
 
-__all__ = ["MOST_ARRAY", "READ_FLAGS", "read_json", "read_plain", "read_small", "shape_of"]
+__all__ = ["MOST_ARRAY", "MOST_TABLE", "READ_FLAGS", "read_json", "read_plain", "read_small", "shape_of"]
 
 READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """A link is an error and a pipe does not wait for a writer."""
@@ -31,6 +31,10 @@ MOST_CHUNK: Final = 64 << 20
 """Bytes of a decoded chunk of a small array; they are written with at most 2 MiB, and texts with at most this."""
 MOST_ARRAY: Final = 8 << 30
 """Bytes of a small array decoded whole: the token ids of two billion tokens."""
+MOST_TABLE: Final = 1 << 30
+"""Bytes of a column of a table, of an array of a result, or of one chunk of rows, statistics or scores."""
+_TEXT: Final = 128
+"""Bytes to count for a text: few of its own, and those of the Python object."""
 
 
 def read_plain(path: Path, most: int) -> bytes:
@@ -101,7 +105,7 @@ def _counts(values: Any, least: int) -> bool:
     return all(type(n) is int and least <= n < 1 << 62 for n in values)
 
 
-def read_small(path: Path, metadata: Mapping[str, Any]) -> NDArray[Any] | None:
+def read_small(path: Path, metadata: Mapping[str, Any], *, most: int = MOST_ARRAY) -> NDArray[Any] | None:
     """Read an array whole; None where its codecs or data type are not known here.
 
     Parameters
@@ -109,6 +113,8 @@ def read_small(path: Path, metadata: Mapping[str, Any]) -> NDArray[Any] | None:
     path : Path
     metadata : mapping
         Its zarr.json.
+    most : int
+        Bytes that it can have decoded.
 
     Raises
     ------
@@ -119,8 +125,12 @@ def read_small(path: Path, metadata: Mapping[str, Any]) -> NDArray[Any] | None:
         shape, chunk = shape_of(metadata)
         text = metadata.get("data_type") == "string"
         decoder = None if text else ChunkDecoder.of_any(metadata)
-        size = 16 if decoder is None else decoder.dtype.itemsize
-        if math.prod(shape) * size > MOST_ARRAY or (decoder is not None and decoder.nbytes > MOST_CHUNK):
+        size = _TEXT if text else 16 if decoder is None else decoder.dtype.itemsize
+        if (
+            math.prod(shape) * size > most
+            or (decoder is not None and decoder.nbytes > MOST_CHUNK)
+            or (decoder is None and math.prod(chunk) * 8 > MOST_TABLE)
+        ):
             raise ValueError(f"it claims to be {shape} in chunks of {chunk}, more than any table or coordinate has")
         if not text and decoder is None:
             return None

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from datastore import storage
 from datastore.errors import CorruptError, DatastoreError, MisuseError, ReadOnlyError
+from datastore.plainfile import MOST_TABLE
 from datastore.schema import FORMAT, FORMAT_VERSION
 
 if TYPE_CHECKING:
@@ -201,7 +202,9 @@ def _variable(path: Path) -> "xr.Variable":
     import xarray as xr
 
     meta = storage.array_metadata(path)
-    return xr.Variable(meta.get("dimension_names") or (), _plain(storage.read_array(path)), meta.get("attributes", {}))
+    return xr.Variable(
+        meta.get("dimension_names") or (), _plain(storage.read_array(path, most=MOST_TABLE)), meta.get("attributes", {})
+    )
 
 
 def _plain(values: NDArray[Any]) -> NDArray[Any]:

@@ -26,6 +26,7 @@ from datastore.errors import AbsentError
 from datastore.index import RolloutIndex
 from datastore.layout import Ragged
 from datastore.lazy import COORDINATES, TokenArray
+from datastore.plainfile import MOST_TABLE
 from datastore.schema import Codec
 
 __all__ = [
@@ -117,7 +118,7 @@ class Result:
 
     def vectors(self, component: str) -> NDArray[np.float32]:
         """Unit vectors of the component's directions, shape (direction, hidden), in the order of the table."""
-        found: NDArray[np.float32] = storage.read_array(self.path / "vectors" / component)
+        found: NDArray[np.float32] = storage.read_array(self.path / "vectors" / component, most=MOST_TABLE)
         return found
 
     def counted_rows(self, cells: Cells, place: Place) -> list[int]:

@@ -34,7 +34,7 @@ from datastore.errors import (
     NotAStoreError,
     ReadOnlyError,
 )
-from datastore.plainfile import MOST_ARRAY, read_json, read_plain, read_small, shape_of
+from datastore.plainfile import MOST_ARRAY, MOST_TABLE, read_json, read_plain, read_small, shape_of
 from datastore.plainwrite import consolidated, write_metadata, write_single
 from datastore.schema import FORMAT, FORMAT_VERSION, Codec
 from datastore.writebehind import WriteBehind, libc_function
@@ -325,7 +325,7 @@ def zarr_array(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Array[Any]:
     return array.with_config({"write_empty_chunks": True})  # open_array takes a config and drops it
 
 
-def read_array(path: Path, metadata: Mapping[str, Any] | None = None) -> NDArray[Any]:
+def read_array(path: Path, metadata: Mapping[str, Any] | None = None, *, most: int = MOST_ARRAY) -> NDArray[Any]:
     """Read a small array whole.
 
     Parameters
@@ -333,6 +333,8 @@ def read_array(path: Path, metadata: Mapping[str, Any] | None = None) -> NDArray
     path : Path
     metadata : mapping, optional
         Its zarr.json, where that is known already, such as from the consolidated metadata of its capture.
+    most : int
+        Bytes that it can have decoded; more are not read.
 
     Raises
     ------
@@ -341,7 +343,7 @@ def read_array(path: Path, metadata: Mapping[str, Any] | None = None) -> NDArray
     """
     if metadata is None and not (path / "zarr.json").exists():
         raise CorruptError(f"the array {path} is missing; what it holds is lost")
-    known = read_small(path, array_metadata(path) if metadata is None else metadata)
+    known = read_small(path, array_metadata(path) if metadata is None else metadata, most=most)
     if known is not None:
         return known
     array = zarr_array(path)
@@ -417,7 +419,7 @@ def _opened(path: Path, mark: tuple[int, int, int]) -> tuple[zarr.Array[Any] | C
     metadata = array_metadata(path)
     try:
         shape, chunk = shape_of(metadata)
-        if math.prod(chunk) * 8 > MOST_ARRAY:
+        if math.prod(chunk) * 8 > MOST_TABLE:
             raise ValueError(f"it claims to be {shape} in chunks of {chunk}")
     except ValueError as error:
         raise CorruptError(f"{path} does not decode ({error}); what it holds is lost") from error

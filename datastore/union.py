@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from datastore.errors import AbsentError, ConflictError, CorruptError, DatastoreError
 from datastore.layout import Ragged
+from datastore.plainfile import MOST_TABLE
 from datastore.schema import ComponentSpec, Rollout, digest
 from datastore.storage import array_metadata, attributes, numbered, read_array
 
@@ -377,7 +378,7 @@ def load_capture(path: Path, number: int) -> Capture:
         raise CorruptError(f"{path} is no capture (its zarr.json lacks the layers); remove it or restore it")
 
     def column(name: str) -> NDArray[Any]:
-        return read_array(path / "rollouts" / name, members.get(f"rollouts/{name}"))
+        return read_array(path / "rollouts" / name, members.get(f"rollouts/{name}"), most=MOST_TABLE)
 
     capture = Capture(
         number=number,
