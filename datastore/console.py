@@ -283,7 +283,8 @@ def _fail(message: str, code: int, *, hint: str = "") -> int:
 
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+        named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{named}: {error.strerror}." if named else f"{error.strerror}."
     shown = getattr(error, "format_message", None)
     return str(shown() if shown else error)
 

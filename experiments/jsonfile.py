@@ -30,8 +30,11 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
         raise ExperimentError(f"{path} does not exist; check the path")
     if not path.is_file():
         raise ExperimentError(f"{path} is not a plain file; name a JSON file, a directory of them or a quoted glob")
-    with path.open("rb") as file:
-        raw = file.read(max_bytes + 1)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ExperimentError(f"{path} can't be read ({error.strerror}); copy it again or leave it out") from error
     if len(raw) > max_bytes:
         raise ExperimentError(
             f"{path} is larger than the {max_bytes:,} bytes read at once; split it into several files "

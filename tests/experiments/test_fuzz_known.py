@@ -3,7 +3,9 @@
 Random JSON seldom gets past the first check of a reader; a file that is right but for a value or two gets far in.
 """
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,3 +224,14 @@ def test_any_bytes(name: str, data: bytes, edit: tuple[float, int], fresh: bool,
         data = bytes(good)
     path.write_bytes(data)
     refused(lambda folder, _: reader(folder), tmp_path, None)
+
+
+def test_a_disk_that_can_not_read_a_file_is_no_misuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = written(tmp_path / "x.json", {})
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.raises(ExperimentError, match=r"x\.json can't be read \(Input/output error\); copy it") as refused:
+        read_labels(path)
+    assert (refused.value.exit_code, ExperimentError("x").exit_code) == (1, 2)

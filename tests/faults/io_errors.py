@@ -28,6 +28,8 @@ ASIDE = re.compile(r"\.[0-9a-f]{32}(?=/|\.partial|\b)|\.partial|(?<=/)\.(?=[^/ ]
 """What a temporary name has that the file's own has not."""
 FULL = ("create", "write", "sync", "rename")
 """Kinds that also fail for want of room."""
+DONE_BEFORE = {"merge": "is there already", "drop": "none of this is captured"}
+"""What a command says that finds its work done."""
 
 Results = dict[tuple[str, str, int], tuple[tuple[str, bytes], ...]]
 """The chunks of each calibration and of each scores, by store, kind and number."""
@@ -128,7 +130,7 @@ class Failing:
             counts.done_all_the_same += bool(paths)
         self._look(fault, path)
         again = self.zygote.run(task.call, *task.arguments(self.here))
-        taken = "is there already" in again.output and task.name == "merge"  # it failed after its rename
+        taken = DONE_BEFORE.get(task.name, "\n") in again.output  # it failed after its rename
         whole = all(verify(self.here / store, full=True).ok for store in task.stores)
         if (again.code and not taken) or not whole or not self._same(self._state(self.here)):
             counts.not_resumed += 1
@@ -169,7 +171,9 @@ def one_sentence(ended: Ended, paths: list[str], error: int, root: Path) -> bool
         return False
     said, places = ASIDE.sub("", lines[0]), {Path(ASIDE.sub("", path)) for path in paths}
     holders = {up for place in places for up in place.parents if up.is_relative_to(root)}
-    return any(str(one) in said for one in places | {up for up in holders if len(up.relative_to(root).parts) > 1})
+    names = [str(one) for one in places | {up for up in holders if len(up.relative_to(root).parts) > 1}]
+    aside = [str(up) for path in paths for up in Path(path).parents if up.suffix == ".partial"]
+    return any(name in said for name in names) or any(name in lines[0] for name in aside)
 
 
 def io_errors(root: Path, trials: dict[str, int], *, seed: int) -> dict[str, Counts]:
