@@ -14,7 +14,7 @@ TEST_ENV := $(QUIET_ENV) HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 OPENBLAS_NUM_TH
 DEMO_RUN = $(QUIET_ENV) $(BIN)/python -m
 JOBS ?= 2
 
-.PHONY: setup demo report test chromium screenshots check lint types imports bench bench-calibrate bench-store bench-capture bench-import bench-project bench-scale bench-gpu bench-serve bench-api bench-faults bench-view clean
+.PHONY: setup demo report test chromium screenshots check lint types imports bench bench-calibrate bench-store bench-capture bench-import bench-project bench-scale bench-gpu bench-serve bench-api bench-faults bench-many bench-view clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -101,6 +101,10 @@ bench-scale: setup
 # Kills, power cuts, errors of the disk, full disks: some minutes; fails where anything was lost.
 bench-faults: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.faults $(BENCH_ARGS)
+
+# A thousand captures of one rollout each.
+bench-many: setup
+	$(QUIET_ENV) $(BIN)/python -m benchmarks.many $(BENCH_ARGS)
 
 bench-api: setup
 	$(QUIET_ENV) $(BIN)/python -m benchmarks.api $(BENCH_ARGS)
