@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calibrate.calibration import Calibration
-from datastore.errors import MisuseError, ReadOnlyError
+from datastore import storage
+from datastore.errors import CorruptError, DatastoreError, MisuseError, ReadOnlyError
 from datastore.results import create_sibling, publish_result
 
 __all__ = ["check_places", "save"]
@@ -53,11 +54,29 @@ def save(calibration: Calibration, *, out: Path | None = None) -> list[tuple[Pat
         A store can't be written.
     MisuseError
         The calibration is of no store.
+    DatastoreError
+        A store was deleted, or is another one now.
     """
     stores = [Path(one["store"]) for one in calibration.data.attrs["sources"] if one.get("store")]
     if not stores:
         raise MisuseError("the calibration is of arrays that came from no store, so there is none to keep it in")
-    if out is not None:
+    if out is None:
+        _refuse_others(calibration)
+    else:
         create_sibling(out, stores[0])
     places = list(dict.fromkeys(stores)) if out is None else [out]
     return [(place, publish_result(place, "calibration", calibration.data, attrs={})) for place in places]
+
+
+def _refuse_others(calibration: Calibration) -> None:
+    for one in calibration.data.attrs["sources"]:
+        for number, known in one.get("captures", {}).items():
+            try:
+                created = storage.attributes(Path(one["store"]) / "captures" / f"{int(number):04d}").get("created")
+            except CorruptError:
+                created = None
+            if created != known["created"]:
+                raise DatastoreError(
+                    f"capture {number} of {one['store']} was {'replaced' if created else 'deleted'} while it was "
+                    "calibrated, so the result is not kept in it; run the same command again, or give --out other.zarr"
+                )

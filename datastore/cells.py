@@ -4,7 +4,8 @@
 by a test). A `Snapshot` names what was there; it is all that travels when a lazy array is pickled.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -122,6 +123,22 @@ class Cells:
     def check(self, captures: Iterable[int]) -> None:
         """Raise DatastoreError when one of these captures (by place) is gone, or is another one, since the opening."""
         _check(self.snapshot, (self.captures[i].number for i in captures))
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Say of a store that is gone, or is another one, after what is done here that it is, whatever that met with.
+
+        Raises
+        ------
+        DatastoreError
+            A capture was deleted or replaced since the store was opened.
+        """
+        try:
+            yield
+        except (DatastoreError, OSError):
+            self.check(range(len(self.captures)))
+            raise
+        self.check(range(len(self.captures)))
 
     @property
     def captures(self) -> Sequence[Capture]:

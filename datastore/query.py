@@ -19,7 +19,7 @@ from xarray.core import indexing
 from datastore import chunked, lazy, results, scores, storage, stream, tables
 from datastore.axis import Axis
 from datastore.cells import Cells, Ints, latest
-from datastore.errors import AbsentError, CorruptError, DatastoreError, MisuseError
+from datastore.errors import AbsentError, CorruptError, MisuseError
 from datastore.index import RolloutIndex, TokenVariable
 from datastore.kept import KeptStatistics
 from datastore.schema import ROLES, SEGMENTS
@@ -103,13 +103,13 @@ class Store:
         A label that is not given for every rollout is NaN there (None for a bool). A label of different types in
         different captures is text.
         """
-        with self._all_there():
+        with self._cells.unchanged():
             return tables.rollout_table(self._cells, self._labels)
 
     @cached_property
     def annotations(self) -> pd.DataFrame:
         """Labelled token spans: rollout_id, token_start, token_end (half-open, from the rollout's start), label."""
-        with self._all_there():
+        with self._cells.unchanged():
             return tables.annotation_table(self._cells, self._annotations)
 
     @property
@@ -263,7 +263,8 @@ class Store:
             There are no such scores.
         """
         names = None if rollouts is None else [str(self._cells.ids[i]) for i in self._chosen(rollouts)]
-        return scores.read_scores(scores.load_results(self.path), self._cells, rollouts=names, traits=traits)
+        with self._cells.unchanged():
+            return scores.read_scores(scores.load_results(self.path), self._cells, rollouts=names, traits=traits)
 
     def calibration(self, component: str = "residual", *, number: int | None = None) -> xr.Dataset:
         """Return a calibration that is in the store now: the newest of a component, or the one of a number.
@@ -274,7 +275,8 @@ class Store:
             There is none.
         """
         numbers = None if number is None else [number]
-        kept = results.read_results(self.path, "calibration", numbers=numbers)
+        with self._cells.unchanged():
+            kept = results.read_results(self.path, "calibration", numbers=numbers)
         found = [one for _, one in kept if number is not None or one.attrs.get("component") == component]
         if not found:
             wanted = f"of {component}" if number is None else f"number {number}"
@@ -529,22 +531,6 @@ class Store:
             variables[name] = xr.Variable(dims, _read_once(array), encoding={"preferred_chunks": preferred})
         dataset = xr.Dataset(variables, coords=coords, attrs={"store": str(self.path)})
         return dataset.assign_coords(xr.Coordinates.from_xindex(index))
-
-    def _all_there(self) -> "_AllThere":
-        return _AllThere(self._cells)
-
-
-class _AllThere:
-    """Raises DatastoreError where a table can't be read because its capture is gone since the opening."""
-
-    def __init__(self, cells: Cells) -> None:
-        self.cells = cells
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, DatastoreError | OSError):
-            self.cells.check(range(len(self.cells.captures)))
 
 
 def _read_once(array: Any) -> Any:

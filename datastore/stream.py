@@ -36,6 +36,7 @@ _SPARE: Final = 2
 """Buffers beyond one a thread: one with the caller and one decoded ahead. More only cost memory and cache."""
 _AHEAD: Final = 3
 """How many chunks before its turn the beginning of a file is asked for; the kernel's cache is no memory of ours."""
+_GONE: Final = "; or, if someone is deleting or replacing the store just now, open it again"
 _REPAIR: Final = "; no value is made up for it: run `verify --repair` on the store, then the same capture again"
 _thread = threading.local()
 
@@ -322,7 +323,7 @@ def _decode(source: Source, decoder: ChunkDecoder, values: NDArray[Any]) -> None
     except FileNotFoundError as error:
         if not source.path.is_dir():
             raise CorruptError(f"{source.describe()} is gone with its capture; open the store again") from error
-        raise CorruptError(f"{source.describe()} is missing{_REPAIR}") from error
+        raise CorruptError(f"{source.describe()} is missing{_REPAIR}{_GONE}") from error
     except OSError as error:
         raise CorruptError(f"{source.describe()} can't be read ({error.strerror}){_REPAIR}") from error
     except CorruptError as error:

@@ -300,11 +300,12 @@ def _keep(store: Store, todo: Work, group: Group, *, into: Path, selection: Mapp
     aside = into / "scores" / f"{uuid.uuid4().hex}.partial"
     job = Job(str(aside), todo.cells, group, matrices(todo.directions, group))
     try:
-        aside.parent.mkdir(exist_ok=True)
-        _lay_down(store, todo, job, selection=selection)
-        run(job, list(job.tasks()))
-        storage.consolidate(aside)
-        bring_to_disk(aside)
+        with todo.cells.unchanged():  # results of one store are never published in another
+            aside.parent.mkdir(exist_ok=True)
+            _lay_down(store, todo, job, selection=selection)
+            run(job, list(job.tasks()))
+            storage.consolidate(aside)
+            bring_to_disk(aside)
         return storage.publish(aside, into / "scores")
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
