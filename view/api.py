@@ -20,6 +20,7 @@ from view import api_numbers, api_tables
 from view.api_page import page
 from view.asking import Limits, TooLargeError
 from view.formats import NotAcceptableError
+from view.inflight import Budget, BusyError, InFlight
 from view.shelf import Shelf
 from view.zarr_http import StoreFiles
 
@@ -39,7 +40,9 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
 )
 
 
-def create_app(stores: Sequence[Store], *, token: str | None = None, limits: Limits | None = None) -> FastAPI:
+def create_app(
+    stores: Sequence[Store], *, token: str | None = None, limits: Limits | None = None, budget: Budget | None = None
+) -> FastAPI:
     """Return the query API of some stores; `/` documents it, without anything from elsewhere.
 
     Parameters
@@ -52,6 +55,8 @@ def create_app(stores: Sequence[Store], *, token: str | None = None, limits: Lim
         alone, and let only requests to that name through, as `view.server` does.
     limits : Limits, optional
         How large one answer may be.
+    budget : Budget, optional
+        How much memory all answers may hold together.
 
     Raises
     ------
@@ -67,6 +72,8 @@ def create_app(stores: Sequence[Store], *, token: str | None = None, limits: Lim
     app.add_exception_handler(RequestValidationError, _misread)
     for kind, _ in _STATUS:
         app.add_exception_handler(kind, _refused)
+    app.state.budget = budget or Budget()
+    app.add_middleware(InFlight, budget=app.state.budget)
     if token is not None:
         app.add_middleware(_Bearer, token=token)
 
@@ -87,7 +94,8 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     for one in request.app.state.shelf.served:
         for path in (one.path, one.beside):
             text = text if path is None else text.replace(str(path), one.name)
-    return JSONResponse({"detail": text.replace("--where", "where")}, status)
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, BusyError) else None
+    return JSONResponse({"detail": text.replace("--where", "where")}, status, headers=headers)
 
 
 async def _misread(request: Request, error: Exception) -> JSONResponse:

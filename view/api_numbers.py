@@ -13,9 +13,9 @@ from datastore.errors import AbsentError, MisuseError
 from datastore.query import Store
 from view.answers import ComparedGroup, Comparison, DirectionInfo, Norms, RolloutScores, Scores, Slice, SpanInfo, Spans
 from view.api_tables import direction_infos
-from view.asking import Limits, picked_layers, ranges
+from view.asking import JSON_BYTES, Limits, picked_layers, ranges
 from view.formats import ARROW, JSON, NPY, arrow, as_json, chosen_form, npy
-from view.request import PROBLEMS, Asked, LayerList, Limited, OneRollout, RolloutIds, Shelved, known_rollouts
+from view.request import PROBLEMS, Asked, LayerList, Limited, OneRollout, RolloutIds, Shared, Shelved, known_rollouts
 from view.scored import Mode, Wanted, by_rollout, in_mode, read, wanted
 
 __all__ = ["router"]
@@ -49,6 +49,7 @@ def activations(
     served: Asked,
     *,
     limits: Limited,
+    share: Shared,
     rollout: OneRollout,
     component: Component = "residual",
     layers: LayerList = None,
@@ -73,9 +74,11 @@ def activations(
         raw=raw,
     )
     chosen = _dims(dims, rows.shape[2])
-    _check(limits, rows.shape[0] * rows.shape[1] * len(chosen), form, what=f"tokens x layers x dims of {rollout!r}")
+    n_values = rows.shape[0] * rows.shape[1] * len(chosen)
+    _check(limits, n_values, form, what=f"tokens x layers x dims of {rollout!r}")
     if raw and form != NPY:
         raise MisuseError(f"raw=true sends stored bits, which only npy holds; ask for it with Accept: {NPY}")
+    share.take(n_values * _bytes_each(form))
     values = np.asarray(rows.values if dims is None else rows[:, :, chosen].values)
     numbers = [int(n) for n in rows["layer"].values]
     fields: dict[str, Any] = {"store": served.name, "component": component, "rollout_id": rollout}
@@ -99,6 +102,7 @@ def norms(
     served: Asked,
     *,
     limits: Limited,
+    share: Shared,
     rollout: OneRollout,
     component: Component = "residual",
     layers: LayerList = None,
@@ -112,6 +116,7 @@ def norms(
     rows = store.norms(component, rollouts=[rollout], layers=_layers(store, component, layers))
     rows = rows.isel(token=slice(start, stop))
     _check(limits, rows.size, form, what=f"norms of {rollout!r}")
+    share.take(rows.size * _bytes_each(form))
     values, numbers = rows.values, [int(n) for n in rows["layer"].values]
     fields: dict[str, Any] = {"store": served.name, "component": component, "rollout_id": rollout}
     if form == JSON:
@@ -141,6 +146,10 @@ def _check(limits: Limits, values: int, form: str, *, what: str) -> None:
     limits.check(values, what=f"{values:,} {what}", cure=cure, itemsize=None if form == JSON else 4)
 
 
+def _bytes_each(form: str) -> int:
+    return JSON_BYTES if form == JSON else 4
+
+
 def _joined(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
 
@@ -160,6 +169,7 @@ def scores(
     served: Asked,
     *,
     limits: Limited,
+    share: Shared,
     rollout: RolloutIds = None,
     trait: Traits = None,
     layers: LayerList = None,
@@ -182,6 +192,7 @@ def scores(
     kept = {name: slice(*slice(start, stop).indices(n)[:2]) for name, n in asked.tokens.items()}
     answered = sum(max(0, one.stop - one.start) for one in kept.values()) * len(asked.directions)
     _check_scores(limits, asked, answered, form=form)
+    share.take(asked.n_values * 4 + answered * _bytes_each(form))
     found = in_mode(read(asked, less=other, clean=clean), mode)
     infos = direction_infos(asked.directions.loc[found.direction.values.tolist()])
     parts = {name: values[kept[name]] for name, values in by_rollout(found).items()}
@@ -225,6 +236,7 @@ def spans(
     served: Asked,
     limits: Limited,
     *,
+    share: Shared,
     direction: Annotated[str, Query(max_length=1000, description="Its label, such as `bs/lying@20`.")],
     rollout: RolloutIds = None,
     by: Literal["window", "clause"] = "window",
@@ -239,6 +251,7 @@ def spans(
 
     asked = wanted(served, labels=[direction], rollouts=rollout)
     _check_scores(limits, asked, 0)
+    share.take(asked.n_values * 4)
     found = top_spans(
         served.now(),
         read(asked, clean=clean),
@@ -262,6 +275,7 @@ def compare(
     served: Asked,
     limits: Limited,
     *,
+    share: Shared,
     label: Annotated[str, Query(max_length=1000, description="A column of the rollout table.")],
     trait: Traits = None,
     layers: LayerList = None,
@@ -276,6 +290,7 @@ def compare(
 
     asked = wanted(served, traits=trait, layers=layers, rollouts=rollout)
     _check_scores(limits, asked, 0)
+    share.take(asked.n_values * 4)
     found = read(asked, clean=clean)
     table = compared(served.now(), found.assign(score=in_mode(found, mode)), label, per=per, segment=segment)
     groups = [

@@ -27,8 +27,8 @@ from view.answers import (
     TokenInfo,
     Tokens,
 )
-from view.asking import filtered
-from view.request import PROBLEMS, Asked, Condition, Limited, RolloutIds, Shelved, known_rollouts
+from view.asking import CELL_BYTES, filtered
+from view.request import PROBLEMS, Asked, Condition, Limited, RolloutIds, Shared, Shelved, known_rollouts
 from view.shelf import Served
 
 __all__ = ["direction_infos", "router"]
@@ -145,6 +145,7 @@ def tokens(
     served: Asked,
     limits: Limited,
     *,
+    share: Shared,
     start: Annotated[int, Query(ge=0, description="Position of the first token.")] = 0,
     stop: Annotated[int | None, Query(ge=0, description="Position after the last one.")] = None,
 ) -> Tokens:
@@ -159,6 +160,7 @@ def tokens(
         what=f"tokens {first}-{last} of rollout {rollout_id!r}",
         cure="ask for fewer with start and stop",
     )
+    share.take(max(0, last - first) * len(columns) * CELL_BYTES)
     table = store.tokens(rollout_id).iloc[first:last]
     values = {name: table[name].tolist() for name in columns}
     values["text"] = [text if isinstance(text, str) else None for text in values["text"]]

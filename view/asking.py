@@ -12,7 +12,16 @@ import pandas as pd
 from datastore.choose import choose
 from datastore.errors import AbsentError, MisuseError
 
-__all__ = ["Limits", "TooLargeError", "check_condition", "filtered", "picked_layers", "ranges"]
+__all__ = [
+    "CELL_BYTES",
+    "JSON_BYTES",
+    "Limits",
+    "TooLargeError",
+    "check_condition",
+    "filtered",
+    "picked_layers",
+    "ranges",
+]
 
 MOST_TEXT = 2000
 _CALLS = {"startswith", "endswith", "isna", "notna"}
@@ -22,6 +31,12 @@ _ALLOWED = (
     ast.NotIn, ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple,
 )  # fmt: skip
 _HOW = "label == 'fabrication' and n_tokens > 500"
+
+
+JSON_BYTES = 24
+"""Of memory that a number in JSON takes on its way: the number itself and its digits."""
+CELL_BYTES = 160
+"""Of memory that a cell of a table takes on its way to JSON."""
 
 
 class TooLargeError(MisuseError):

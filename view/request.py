@@ -9,6 +9,7 @@ from datastore.errors import AbsentError
 from datastore.query import Store
 from view.answers import Problem
 from view.asking import Limits
+from view.inflight import SHARE, Share
 from view.shelf import Served, Shelf
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Limited",
     "OneRollout",
     "RolloutIds",
+    "Shared",
     "Shelved",
     "known_rollouts",
 ]
@@ -27,6 +29,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     404: {"model": Problem, "description": "What is asked for is not there; the sentence lists what is."},
     413: {"model": Problem, "description": "The answer would be too large; the sentence says how to ask for less."},
     422: {"model": Problem, "description": "A parameter is wrong."},
+    503: {"model": Problem, "description": "Busy, or the store changed meanwhile; ask again, as Retry-After says."},
 }
 """What a route may answer instead, for its documentation."""
 
@@ -39,8 +42,13 @@ def _limits(request: Request) -> Limits:
     return cast(Limits, request.app.state.limits)
 
 
+def _share(request: Request) -> Share:
+    return cast(Share, request.scope[SHARE])
+
+
 Shelved = Annotated[Shelf, Depends(_shelf)]
 Limited = Annotated[Limits, Depends(_limits)]
+Shared = Annotated[Share, Depends(_share)]
 
 
 def _asked(
