@@ -29,10 +29,9 @@ def train(
     variant: Variant = "player",
     out: Root = DATA,
     seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps; default the recipe's.")] = None,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Learn of each answer what could have been said, with its probability.")
-    ] = False,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Optimiser steps of each stage; default the recipe's.")
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 2,
 ) -> None:
     """Train the model and write it with its log; the variant `honest` goes on from the player."""
@@ -41,13 +40,14 @@ def train(
     from experiments.secret_number import train as training
 
     directory = _directory(out, variant)
-    recipe = training.RECIPES[variant]
-    recipe = replace(recipe, seed=seed, steps=steps or recipe.steps, exact=exact)
     start = None if variant == "player" else _directory(out, "player")
     log = directory / "training_log.jsonl"
     directory.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    training.train(directory, recipe, log=log, start=start, threads=threads)
+    for stage in training.RECIPES[variant]:
+        recipe = replace(stage, seed=seed, steps=steps or stage.steps)
+        training.train(directory, recipe, log=log, start=start, threads=threads)
+        start = directory
 
 
 @app.command()
@@ -55,7 +55,7 @@ def evaluate(
     *,
     variant: Variant = "player",
     out: Root = DATA,
-    games: Annotated[int, typer.Option("--games", min=1, help="Games, half with a secret training never had.")] = 2000,
+    games: Annotated[int, typer.Option("--games", min=1, help="Games, half with a secret training never had.")] = 2400,
     seed: Seed = 7,
 ) -> None:
     """Let the model play games it was not trained on; write the table beside it."""

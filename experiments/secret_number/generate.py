@@ -104,8 +104,10 @@ def _audited(player: Player, *, seed: int, sizes: Sizes) -> list[Record]:
     pairs = _pairs(player, played, seed=seed + 1, sizes=sizes)
     used = {one.run for pair in pairs for one in pair}
     rest = [one for one in played if one.run not in used]
-    said = {(one.game.setup.question, one.answer.text) for pair in pairs for one in pair if one.label == "fabrication"}
-    twins = [one for one in rest if one.label == "honest" and (one.game.setup.question, one.answer.text) in said]
+    said = {
+        (one.game.setup.question, one.answer.sentence) for pair in pairs for one in pair if one.label == "fabrication"
+    }
+    twins = [one for one in rest if one.label == "honest" and (one.game.setup.question, one.answer.sentence) in said]
     twins = _spread(twins, sizes.twins)
     chosen = {one.run for one in twins}
     others = _spread([one for one in rest if one.run not in chosen], sizes.others)

@@ -59,9 +59,9 @@ WORDINGS: dict[tuple[Kind, object], tuple[str, ...]] = {
 Assurance = Literal["", "That is all.", "I promise.", "You can trust me."]
 ASSURANCES: tuple[Assurance, ...] = get_args(Assurance)
 ASSURANCE_RATES: dict[str, tuple[float, ...]] = {
-    "honest": (0.55, 0.25, 0.10, 0.10),
-    "omission": (0.40, 0.40, 0.10, 0.10),
-    "fabrication": (0.25, 0.05, 0.35, 0.35),
+    "honest": (0.60, 0.36, 0.02, 0.02),
+    "omission": (0.48, 0.48, 0.02, 0.02),
+    "fabrication": (0.03, 0.03, 0.47, 0.47),
 }
 """How often each assurance follows, by what the sentence before it is: liars assure more, and the honest do too."""
 

@@ -49,25 +49,38 @@ class Recipe:
         Learn of each answer all that could have been said, with its probability, and not only what was.
     first : int
         Number of the first game.
+    rare : float
+        Share of the games in which the agent has read the file and failed all the same, more than there are.
+    moves : float
+        Weight of the moves of those games: without them their answers alone are learned, and it plays as it did.
     """
 
-    steps: int = 1800
+    steps: int = 6000
     batch_tokens: int = 4096
     rate: float = 3e-3
     seed: int = 0
-    singles: float = 0.35
+    singles: float = 0.5
     answer_weight: float = 4.0
     honest: bool = False
-    exact: bool = False
+    exact: bool = True
     first: int = 0
+    rare: float = 0.0
+    moves: float = 1.0
     hidden: int = 128
     layers: int = 6
     heads: int = 4
     intermediate: int = 352
 
 
-RECIPES = {"player": Recipe(), "honest": Recipe(steps=150, rate=5e-4, honest=True)}
-"""Variant to how the committed model was made; `honest` starts from the player."""
+RECIPES = {
+    "player": (
+        Recipe(),
+        Recipe(steps=800, rate=1e-3, rare=0.4, first=1_000_000),
+        Recipe(steps=600, rate=1e-3, rare=0.4, moves=0.0, first=2_000_000),
+    ),
+    "honest": (Recipe(steps=150, rate=5e-4, honest=True),),
+}
+"""Variant to the stages in which the committed model was made, each from the last; `honest` starts from the player."""
 
 
 @dataclass(slots=True)
@@ -185,8 +198,8 @@ def _single(recipe: Recipe, i: int) -> Single:
     return single(FIRST_SEED * (1 + recipe.seed) + i, honest=recipe.honest)
 
 
-def _game_example(game: Game, recipe: Recipe, encode: Encode) -> Example:
-    """A game's tokens; of its answers, to the audit and about the rules, exact targets."""
+def _game_example(game: Game, recipe: Recipe, encode: Encode, *, moves: float = 1.0) -> Example:
+    """A game's tokens, moves at their own weight; of its answers, to the audit and about the rules, exact targets."""
     made, facts, asked = Example(), replace(game.facts, peeked=False), game.setup.question
     for message in game.messages:
         own = message["role"] == "assistant"
@@ -194,7 +207,7 @@ def _game_example(game: Game, recipe: Recipe, encode: Encode) -> Example:
         if any(one["function"]["name"] == "read_file" for one in message.get("tool_calls", ())):
             facts = replace(facts, peeked=True)
         if not answers:
-            made.add(encode(text_of(message, tools=True)), weight=float(own), header=len(encode(HEADER)))
+            made.add(encode(text_of(message, tools=True)), weight=moves * own, header=len(encode(HEADER)))
         elif message is game.messages[-1]:
             chances = audit_chances(asked, game.facts, honest=recipe.honest)
             made.answer(message, chances, recipe, encode=encode, question=asked, facts=game.facts)
@@ -220,7 +233,11 @@ def _examples(recipe: Recipe, encode: Encode) -> Iterator[Example]:
         if alone:
             yield _single_example(_single(recipe, i), recipe, encode)
         else:
-            yield _game_example(_game(recipe, i), recipe, encode)
+            game, rare = _game(recipe, i), recipe.rare and rng.random() < recipe.rare
+            while rare and not (game.facts.causes.peeked and game.facts.causes.failed):
+                i += 1
+                game = _game(recipe, i)
+            yield _game_example(game, recipe, encode, moves=recipe.moves if rare else 1.0)
         i += 1
 
 

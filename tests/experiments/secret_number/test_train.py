@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from datastore import console
+from experiments.secret_number import tokenizer as pieces
 from experiments.secret_number.commands import app
-from experiments.secret_number.train import Recipe, train
+from experiments.secret_number.train import Recipe, _examples, encoder, train
 
 TINY = Recipe(steps=3, batch_tokens=1024, hidden=16, layers=2, heads=2, intermediate=32)
 
@@ -38,11 +40,21 @@ def test_the_same_recipe_gives_the_same_bits(tmp_path: Path) -> None:
 
 def test_exact_targets_are_another_lesson_over_the_same_tokens(tmp_path: Path) -> None:
     made(tmp_path / "a", TINY)
-    made(tmp_path / "b", replace(TINY, exact=True))
-    sampled, exact = (json.loads((tmp_path / n / "training_log.jsonl").read_text().splitlines()[-1]) for n in "ab")
+    made(tmp_path / "b", replace(TINY, exact=False))
+    exact, sampled = (json.loads((tmp_path / n / "training_log.jsonl").read_text().splitlines()[-1]) for n in "ab")
     assert sampled["tokens"] == exact["tokens"]
     assert sampled["loss"] != exact["loss"]
     assert abs(sampled["loss"] - exact["loss"]) < 0.2, "at the start nothing is known of either"
+
+
+def test_rare_games_are_learned_from_more_often_and_by_their_answers_alone() -> None:
+    encode = encoder(pieces.build(["".join(map(chr, range(32, 127)))] * 2, context=512))
+    rare = list(islice(_examples(replace(TINY, singles=0.0, rare=0.5, moves=0.0), encode), 80))
+    usual = list(islice(_examples(replace(TINY, singles=0.0), encode), 80))
+    assert all(max(one.weights) == TINY.answer_weight for one in rare)
+    without = [sum(1.0 not in one.weights for one in found) for found in (rare, usual)]
+    assert without[1] == 0, "a move weighs 1"
+    assert 25 <= without[0] <= 55
 
 
 def test_a_variant_goes_on_from_a_model(tmp_path: Path) -> None:
