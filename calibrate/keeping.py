@@ -65,7 +65,12 @@ def save(calibration: Calibration, *, out: Path | None = None) -> list[tuple[Pat
     else:
         create_sibling(out, stores[0])
     places = list(dict.fromkeys(stores)) if out is None else [out]
-    return [(place, publish_result(place, "calibration", calibration.data, attrs={})) for place in places]
+    try:
+        return [(place, publish_result(place, "calibration", calibration.data, attrs={})) for place in places]
+    except DatastoreError:
+        if out is None:
+            _refuse_others(calibration)  # what went wrong may be that the store went away meanwhile
+        raise
 
 
 def _refuse_others(calibration: Calibration) -> None:

@@ -7,7 +7,9 @@ is known of the rollout. Import reads all of them back.
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,10 +151,19 @@ def carry_out(
     directory.mkdir(parents=True, exist_ok=True)
     job = _Job(store, overwrite=overwrite)
     write = _poured if exports[0].path.suffix == ".pt" else _one_by_one
-    with closing(WriteBehind(depth=2)) as behind, closing(write(job, exports)) as files:
+    with (
+        closing(WriteBehind(depth=2)) as behind,
+        ThreadPoolExecutor(1, thread_name_prefix="export-behind") as disk,  # who decodes does not wait for the disk
+        closing(write(job, exports)) as files,
+    ):
+        taken = deque[Future[None]]()
         for number, (descriptor, path) in enumerate(files):
-            behind.push(descriptor, path)
+            taken.append(disk.submit(behind.push, descriptor, path))
+            if len(taken) > 2:
+                taken.popleft().result()
             tick(number + 1, len(exports))
+        for one in taken:
+            one.result()
         behind.drain()
     if exports[0].response is not None:
         _write_new(directory / "config.json", _config(store, variant))
@@ -190,7 +201,9 @@ def _poured(job: _Job, exports: Sequence[Export]) -> Generator[tuple[int, Path],
 
     def laid_out(wanted: Wanted) -> Filling:
         one = by_id[wanted.rollout_id]
-        return Filling(one.path, arrays_of(cells, wanted), job.begin(one), overwrite=job.overwrite)
+        with cells.unchanged():
+            arrays, record = arrays_of(cells, wanted), job.begin(one)
+        return Filling(one.path, arrays, record, overwrite=job.overwrite)
 
     by_id = {one.rollout_id: one for one in exports}
     asked = [Wanted(rollout_id=one.rollout_id, cells=one.cells) for one in exports]
@@ -202,7 +215,9 @@ def _poured(job: _Job, exports: Sequence[Export]) -> Generator[tuple[int, Path],
 def _one_by_one(job: _Job, exports: Sequence[Export]) -> Generator[tuple[int, Path], None, None]:
     """Write files of the forms that are written from memory; yield each one's open descriptor and path."""
     for one in exports:
-        write_raw(one.path, _values(job.store, one), job.begin(one), overwrite=job.overwrite)
+        with job.store.cells.unchanged():
+            values, record = _values(job.store, one), job.begin(one)
+        write_raw(one.path, values, record, overwrite=job.overwrite)
         yield os.open(one.path, os.O_RDONLY), one.path
 
 

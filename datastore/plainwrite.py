@@ -28,7 +28,7 @@ def write_metadata(path: Path, document: Mapping[str, Any]) -> None:
     FileExistsError
         There is a group or an array already.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(exist_ok=True)  # never its parents: what was deleted meanwhile is not brought back
     text = json.dumps(document, indent=2)
     with (path / "zarr.json").open("x") as file:
         file.write(text)
@@ -51,7 +51,8 @@ def write_single(path: Path, values: NDArray[Any]) -> bool:
     elif values.dtype.kind not in "biuf" or not values.dtype.isnative:
         return False
     file = path.joinpath("c", *["0"] * len(json.loads((path / "zarr.json").read_bytes())["shape"]))
-    file.parent.mkdir(parents=True, exist_ok=True)
+    for parent in reversed([one for one in file.parents if one.is_relative_to(path) and one != path]):
+        parent.mkdir(exist_ok=True)
     file.write_bytes(encode(values, Codec()))
     return True
 

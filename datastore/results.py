@@ -9,9 +9,9 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from datastore.schema import FORMAT, FORMAT_VERSION
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["bring_to_disk", "create_sibling", "publish_result", "read_results", "sibling_of"]
+__all__ = ["bring_to_disk", "create_sibling", "publish_result", "read_results", "sibling_of", "still_there"]
 
 FEW_FILES = 300
 """Up to so many files and directories are synced one by one."""
@@ -66,14 +66,33 @@ def publish_result(store: Path, kind: str, dataset: "xr.Dataset", *, attrs: Mapp
     into = store / kind
     aside = into / f"{uuid.uuid4().hex}.partial"
     try:
-        into.mkdir(exist_ok=True)  # a merge or an older release may have left it out
-        _write(aside, dataset, _json({**dataset.attrs, **attrs}))
-        bring_to_disk(aside)
-        return storage.publish(aside, into)
+        with still_there(store):
+            into.mkdir(exist_ok=True)  # a merge or an older release may have left it out
+            _write(aside, dataset, _json({**dataset.attrs, **attrs}))
+            bring_to_disk(aside)
+            return storage.publish(aside, into)
     except OSError as error:
         raise _refusal(store, error) from error
     finally:
         storage.remove(aside)
+
+
+@contextmanager
+def still_there(store: Path) -> Iterator[None]:
+    """Say of a file that is not there any more that someone takes the store away.
+
+    Raises
+    ------
+    DatastoreError
+        In place of FileNotFoundError.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DatastoreError(
+            f"{error.filename} went away while a result was written, so nothing was kept in {store}; someone deletes "
+            "or moves it, check the path and run the same command again"
+        ) from error
 
 
 def bring_to_disk(aside: Path) -> None:
@@ -99,6 +118,8 @@ def bring_to_disk(aside: Path) -> None:
     try:
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="sync") as pool:
             list(pool.map(storage.sync_file, new))
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise DatastoreError(
             f"{error.filename or aside} could not be brought to disk ({error.strerror}); nothing was committed, run "

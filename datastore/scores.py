@@ -215,7 +215,8 @@ def write_columns(path: Path, kind: str, values: NDArray[np.float32], *, start: 
         if len(chunk) < size:
             chunk = np.concatenate([chunk, np.full((size - len(chunk), values.shape[1]), np.nan, np.float32)])
         file = storage.chunk_file(path / kind, ((start + at) // size, 0))
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.parent.mkdir(exist_ok=True)  # not all of its parents: a store that is gone is not brought back
+        file.parent.mkdir(exist_ok=True)
         storage.write_atomic(file, encode(chunk, Codec()))
 
 

@@ -23,7 +23,7 @@ from datastore import storage
 from datastore.cells import Cells
 from datastore.errors import AbsentError, MisuseError, ReadOnlyError
 from datastore.query import Rollouts, Store
-from datastore.results import bring_to_disk, create_sibling
+from datastore.results import bring_to_disk, create_sibling, still_there
 from datastore.scores import IDENTITY, Place, Result, create_result, known_columns, load_results, read_scores
 from experiments.direction import Direction, directions_of
 from experiments.vectors import find_directions, load_direction
@@ -300,7 +300,7 @@ def _keep(store: Store, todo: Work, group: Group, *, into: Path, selection: Mapp
     aside = into / "scores" / f"{uuid.uuid4().hex}.partial"
     job = Job(str(aside), todo.cells, group, matrices(todo.directions, group))
     try:
-        with todo.cells.unchanged():  # results of one store are never published in another
+        with still_there(into), todo.cells.unchanged():  # results of one store are never published in another
             aside.parent.mkdir(exist_ok=True)
             _lay_down(store, todo, job, selection=selection)
             run(job, list(job.tasks()))
