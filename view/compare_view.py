@@ -15,7 +15,7 @@ from view.group_view import Groups
 from view.plots import Lines
 from view.store_view import Stores
 from view.tables import clickable, html, plain
-from view.trajectories import texts_of
+from view.trajectories import called, texts_of
 from view.treatment import Treatment, picked
 
 __all__ = ["CompareView"]
@@ -138,8 +138,9 @@ class Pair(View):
         self.curves.look_at(*_around(fork, len(x)))
         chosen = picked(table, traits=state.traits, layer=state.layer_number)
         changes = {str(table["direction"].iloc[j]): aligned.values[1, :, j] - aligned.values[0, :, j] for j in chosen}
-        self.difference.plot.title.text = f"{names[1]} less {names[0]}"
-        self.difference.draw(x, changes, texts=texts)
+        shown, where = called(table, chosen)
+        self.difference.plot.title.text = f"{names[1]} less {names[0]}{where}"
+        self.difference.draw(x, changes, texts=texts, shown=shown)
         for plot in (self.curves, self.difference):
             plot.show_fork(fork - 0.5)
         self._show_moves(names)

@@ -209,9 +209,10 @@ class Lines(_Plot):
         )
         super().__init__(plot, look=look, name=name)
         self._x_label = x
-        self._lines, self._areas = list[Any](), list[Any]()
+        self._lines, self._areas = list[Any](), dict[int, Any]()
         self._x: Floats = np.empty(0)
         self._curves: dict[str, Curve] = {}
+        self._shown: tuple[str, ...] = ()
         self._texts = ColumnDataSource({"text": []})
         self._hover = CustomJSHover(args={"texts": self._texts}, code=TEXT_AT)
         self.bands = ColumnDataSource({"x0": [], "x1": [], "colour": [], "alpha": [], "label": []})
@@ -233,6 +234,10 @@ class Lines(_Plot):
         self.zero = Span(location=0, dimension="width", line_color=look.ink, line_width=0.5, line_alpha=0.5)
         for mark in (self.cursor, self.fork, self.zero):
             plot.add_layout(mark)
+        tooltips = [("", "$name"), (self._x_label, "$snap_x"), ("text", "@x{custom}"), ("value", "$snap_y")]
+        settings: dict[str, Any] = {"line_policy": "nearest", "formatters": {"@x": self._hover}, "visible": False}
+        self._pointed = HoverTool(renderers=[], tooltips=tooltips, **settings)
+        plot.add_tools(self._pointed)
 
     def draw(
         self,
@@ -241,6 +246,7 @@ class Lines(_Plot):
         *,
         bands: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
         texts: Sequence[str] | None = None,
+        shown: Sequence[str] | None = None,
     ) -> None:
         """Show other curves.
 
@@ -252,6 +258,9 @@ class Lines(_Plot):
         bands : mapping of a curve's name to its lower and upper bound
         texts : sequence of str, optional
             What stands at each point, for the hover.
+        shown : sequence of str, optional
+            What the legend calls each curve; its name where it is left out. A legend whose words stay is not laid out
+            anew.
         """
         self._x = np.asarray(x)
         self._curves = {
@@ -266,7 +275,7 @@ class Lines(_Plot):
         columns = [one for curve in self._curves.values() for one in curve]
         self._frame(np.stack(columns, axis=1) if columns else np.empty((0, 0)))
         self._send(float(self.plot.x_range.start), float(self.plot.x_range.end))
-        self._name(list(curves))  # last: a curve has its name when its numbers are there
+        self._name(list(curves), list(shown or curves))  # last: a curve has its name when its numbers are there
 
     def table(self) -> dict[str, Any]:
         """All that is drawn, by heading; nothing is thinned out."""
@@ -296,40 +305,41 @@ class Lines(_Plot):
             data = {"x": self._x[places], "y": curve[0][places]}
             if len(curve) > 1:
                 data |= {"low": curve[1][places], "high": curve[2][places]}
-            else:
+            elif j in self._areas:
                 data |= {"low": data["y"], "high": data["y"]}
             self._lines[j].data_source.data = data
 
     def _add(self) -> None:
         """Add one more curve, drawn when it has a name."""
-        source = ColumnDataSource({name: [] for name in ("x", "y", "low", "high")})
-        self._areas.append(self.plot.varea("x", "low", "high", source=source, fill_alpha=0.2))
-        line = self.plot.line("x", "y", source=source, line_width=1.6)
-        tooltips = [("", "$name"), (self._x_label, "$snap_x"), ("text", "@x{custom}"), ("value", "$snap_y")]
-        self.plot.add_tools(
-            HoverTool(
-                renderers=[line],
-                line_policy="nearest",
-                tooltips=tooltips,
-                formatters={"@x": self._hover},
-                visible=False,
-            )
-        )
-        self._lines.append(line)
+        source = ColumnDataSource({name: [] for name in ("x", "y")})
+        self._lines.append(self.plot.line("x", "y", source=source, line_width=1.6))
+        self._pointed.renderers = list(self._lines)
 
-    def _name(self, names: Sequence[str]) -> None:
-        banded = [len(curve) > 1 for curve in self._curves.values()]
-        for j, (line, area) in enumerate(zip(self._lines, self._areas, strict=True)):
-            line.visible = j < len(names)
-            area.visible = j < len(names) and banded[j]
-            if line.visible:
-                line.name = names[j]
+    def _area(self, j: int) -> Any:
+        """Return the band of a curve, which shares its numbers; made for the first curve that has one."""
+        if j not in self._areas:
+            source = self._lines[j].data_source
+            self._areas[j] = self.plot.varea("x", "low", "high", source=source, fill_alpha=0.2)
+        return self._areas[j]
+
+    def _name(self, names: Sequence[str], shown: Sequence[str]) -> None:
+        """Name the curves, and what the legend calls them; one that a reader hid by its legend stays hidden."""
+        hidden = {word for word, line in zip(self._shown, self._lines, strict=False) if not line.visible}
+        self._shown = tuple(shown)
+        for j, line in enumerate(self._lines):
+            line.visible = j < len(names) and shown[j] not in hidden
+            if j < len(names):
                 colour, dash = COLOURS[j % len(COLOURS)], DASHES[(j // len(COLOURS)) % len(DASHES)]
+                line.name = names[j]
                 line.glyph.update(line_color=colour, line_dash=dash)
-                area.glyph.fill_color = colour
-        if [item.label.value for item in self.legend.items] != list(names):
-            items = zip(names, self._lines, strict=False)
-            self.legend.items = [LegendItem(label=name, renderers=[line]) for name, line in items]
+                if len(self._curves[names[j]]) > 1:
+                    self._area(j).glyph.fill_color = colour
+        for j, area in self._areas.items():
+            area.visible = self._lines[j].visible and len(self._curves[names[j]]) > 1
+        drawn = [[line, *([self._areas[j]] if j in self._areas else [])] for j, line in enumerate(self._lines)]
+        items = list(zip(shown, drawn, strict=False))
+        if [(item.label.value, item.renderers) for item in self.legend.items] != items:
+            self.legend.items = [LegendItem(label=word, renderers=renderers) for word, renderers in items]
 
     def look_at(self, start: float, end: float) -> None:
         """Show this part of the curves first; the reset button shows all."""
@@ -419,8 +429,9 @@ class Heatmap(_Plot):
 
     def table(self) -> dict[str, Any]:
         """A row for each of the matrix."""
-        image = self.source.data["image"][0]
-        return {"": self._rows, **{f"{name}": image[:, j] for j, name in enumerate(self._columns) if self._rows}}
+        image, axis = self.source.data["image"][0], self.plot.below[0].axis_label
+        # a heading that is a number alone would come before all others in JavaScript
+        return {"": self._rows, **{f"{axis} {name}": image[:, j] for j, name in enumerate(self._columns) if self._rows}}
 
     def draw(
         self,

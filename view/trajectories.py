@@ -1,6 +1,7 @@
 """The trajectories of one rollout: a line for each trait, layer or component, with turns, annotations and norms."""
 
 from collections.abc import Sequence
+from html import escape
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +15,7 @@ from view.tables import html
 from view.transcript import annotation_colours
 from view.treatment import picked
 
-__all__ = ["Trajectories", "bands_of", "texts_of"]
+__all__ = ["Trajectories", "bands_of", "called", "texts_of"]
 
 Band = tuple[float, float, str, float, str]
 MOST_NORMS = 10
@@ -60,7 +61,9 @@ class Trajectories(View):
         self.scores.show_bands(bands)
         self.norms.show_bands(bands)
         shown = dict.fromkeys((label, colour) for *_, colour, _, label in bands)
-        marks = [f'<span class="key"><i style="background:{colour}"></i>{label}</span>' for label, colour in shown]
+        marks = [
+            f'<span class="key"><i style="background:{colour}"></i>{escape(label)}</span>' for label, colour in shown
+        ]
         self.legend.object = '<div class="keys">' + "".join(marks) + "</div>"
         norms = dict(list(model.norms(rollout).items())[:MOST_NORMS])
         self.norms.draw(_positions(model, rollout), norms, texts=texts_of(model, rollout))
@@ -77,8 +80,22 @@ class Trajectories(View):
         labels = _labels(table, chosen)
         curves = {label: values[:, j] for label, j in zip(labels, chosen, strict=True)}
         self.scores.plot.yaxis[0].axis_label = state.treatment.unit
-        self.scores.plot.title.text = f"Scores of {state.rollout}"
-        self.scores.draw(_positions(model, state.rollout), curves, texts=texts)
+        shown, where = called(table, chosen)
+        self.scores.plot.title.text = f"Scores of {state.rollout}{where}"
+        self.scores.draw(_positions(model, state.rollout), curves, texts=texts, shown=shown)
+
+
+def called(table: pd.DataFrame, chosen: Sequence[int]) -> tuple[list[str], str]:
+    """Return what a legend calls some directions, and what its title says of them all.
+
+    Where all are at one layer the title names it and the legend the traits alone, which stay what they are when
+    another layer is chosen.
+    """
+    labels, layers = _labels(table, chosen), {int(table["layer"].iloc[j]) for j in chosen}
+    traits = [str(table["trait"].iloc[j]) for j in chosen]
+    if len(layers) != 1 or len(set(traits)) < len(traits):
+        return labels, ""
+    return traits, f" at layer {layers.pop()}"
 
 
 def _labels(table: pd.DataFrame, chosen: Sequence[int]) -> list[str]:

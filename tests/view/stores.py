@@ -102,20 +102,30 @@ def activations(one: Rollout, layer: int) -> NDArray[np.float32]:
     return values
 
 
-def write(path: Path, rollouts: Sequence[Rollout], rows: Any, *, vocab: Mapping[int, bytes] | None) -> datastore.Store:
-    """Capture rollouts whose rows a function makes."""
+def write(
+    path: Path,
+    rollouts: Sequence[Rollout],
+    rows: Any,
+    *,
+    vocab: Mapping[int, bytes] | None,
+    components: Sequence[str] = ("residual",),
+    layers: Sequence[int] = LAYERS,
+) -> datastore.Store:
+    """Capture rollouts whose rows a function makes; a component beside the residual holds them in reverse order."""
     (plan,) = datastore.plan(
         path,
         rollouts,
-        layers=LAYERS,
-        components=[ComponentSpec(name="residual", width=WIDTH, dtype="float32")],
+        layers=layers,
+        components=[ComponentSpec(name=name, width=WIDTH, dtype="float32") for name in components],
         provenance={"model": {"name": "toy/liar", "revision": "1", "hidden_size": WIDTH}},
         vocab=vocab,
     )
     with datastore.create(path, plan) as writer:
         for one in plan.rollouts:
             for layer in plan.layers:
-                writer.put("residual", layer, one.rollout_id, rows(one, layer))
+                values = rows(one, layer)
+                for name in components:
+                    writer.put(name, layer, one.rollout_id, values if name == "residual" else values[:, ::-1])
         writer.commit()
     return datastore.open(path)
 

@@ -1,5 +1,6 @@
 """What the page does where something is missing, wrong, or changes while it is open; and one file without a server."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,12 +17,16 @@ from datastore.labels import add_labels
 from datastore.maintenance import drop
 from tests import house
 from tests.view import oracle, stores
-from tests.view.browser import Viewer, browser, running, until
+from tests.view.browser import IMAGE, Viewer, browser, running, same, until, visiting
+
+RELOAD = "The store has changed: reload"
+ORDER = sorted(stores.TRAITS)
+NAMES = ("plain.zarr", "partly.zarr", "empty.zarr", "long.zarr", "gaps.zarr", "changing.zarr", "leaving.zarr")
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without scores, one that is scored in part, an empty one, and one with a long rollout."""
+    """Stores without scores, scored in part, captured in part, empty, with a long rollout; and two that will change."""
     root = tmp_path_factory.mktemp("odd")
     stores.plain_store(root / "plain.zarr", pairs=1)
     partly = stores.plain_store(root / "partly.zarr", pairs=2)
@@ -30,25 +35,32 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     empty = stores.plain_store(root / "empty.zarr", pairs=1)
     drop(empty.path, rollouts=[str(name) for name in empty.rollouts.index])
     stores.long_store(root / "long.zarr")
+    captured_in_part(root / "gaps.zarr")
+    stores.game_store(root / "changing.zarr", pairs=2)
+    stores.plain_store(root / "leaving.zarr", pairs=1)
     return root
+
+
+def captured_in_part(path: Path) -> None:
+    """Honest rollouts at three layers, lies at the first alone."""
+    for kind, layers in (("honest", stores.LAYERS), ("lie", stores.LAYERS[:1])):
+        rollouts = [stores.game_rollout(game, kind) for game in range(2)]
+        store = stores.write(path, rollouts, stores.activations, vocab=stores.vocabulary(), layers=layers)
+        names = [one.rollout_id for one in rollouts]
+        for layer in set(layers) & {4, 8}:
+            project.scores(store, stores.directions(layers=(layer,)), rollouts=names)
 
 
 @pytest.fixture(scope="module")
 def served(kept: Path) -> Iterator[tuple[Any, str]]:
-    names = ("plain.zarr", "partly.zarr", "empty.zarr", "long.zarr")
-    with browser() as chromium, running([kept / name for name in names]) as address:
+    with browser() as chromium, running([kept / name for name in NAMES]) as address:
         yield chromium, address
 
 
 @pytest.fixture
 def viewer(served: tuple[Any, str]) -> Iterator[Viewer]:
-    chromium, address = served
-    context = chromium.new_context(viewport={"width": 1280, "height": 1500})
-    one = Viewer(context.new_page(), address)
-    yield one
-    context.close()
-    assert one.errors == []
-    assert one.foreign == []
+    with visiting(*served) as one:
+        yield one
 
 
 def test_a_store_without_scores_says_how_to_make_them(viewer: Viewer, kept: Path) -> None:
@@ -79,6 +91,29 @@ def test_a_store_scored_in_part_shows_what_is_there(viewer: Viewer, kept: Path) 
     assert np.isnan(found["mood/calm@12"]).all()
     for view in ("Compare", "Overview"):
         viewer.button(view).click()
+
+
+def test_a_store_captured_in_part_shows_what_is_there(viewer: Viewer, kept: Path) -> None:
+    viewer.open("?store=gaps.zarr&section=Captured")
+    names = [str(name) for name in datastore.open(kept / "gaps.zarr").rollouts.index]
+    found = until(lambda: viewer.evaluate(IMAGE, "captured-residual"), lambda f: len(f) == 12, page=viewer.page)
+    wanted = [[1.0 if layer == 4 or "honest" in name else 0.0 for name in names] for layer in stores.LAYERS]
+    assert np.array(found).reshape(3, 4).tolist() == wanted
+    viewer.page.get_by_text("residual: 67% of rollouts x layers").wait_for()
+    viewer.open("?store=gaps.zarr&view=Trajectories&rollout=g0-lie&lines=layer&trait=bs/lying&smooth=1")
+    store = datastore.open(kept / "gaps.zarr")
+    curves = until(lambda: viewer.lines("scores"), lambda lines: len(lines) == 2, page=viewer.page)
+    np.testing.assert_allclose(curves["bs/lying@4"], oracle.drawn(store, "g0-lie", "bs/lying@4", smooth=1), rtol=1e-4)
+    assert np.isnan(curves["bs/lying@8"]).all()
+    assert set(viewer.lines("norms")) == {"residual@4"}
+    viewer.open("?store=gaps.zarr&view=Compare&rollout=g0-honest&rollout=g0-lie&smooth=1&layer=4&traits=bs/lying")
+    a, b = (oracle.drawn(store, f"g0-{kind}", "bs/lying@4", smooth=1) for kind in ("honest", "lie"))
+    same(viewer, "difference", {"bs/lying@4": b - a})
+    viewer.field("Layer").select_option("8")
+    lost = until(lambda: viewer.lines("difference"), lambda lines: "bs/lying@8" in lines, page=viewer.page)
+    assert np.isnan(lost["bs/lying@8"]).all()
+    for choice in ("Groups", "Stores", "Overview", "Rollouts", "Heatmaps", "Spans", "Correlation", "Calibration"):
+        viewer.button(choice).click()
 
 
 def test_an_empty_store_says_so(viewer: Viewer) -> None:
@@ -114,8 +149,41 @@ def test_a_store_that_changed_offers_to_be_reloaded(viewer: Viewer, kept: Path) 
     viewer.open("?store=partly.zarr")
     assert viewer.page.get_by_role("columnheader", name="verdict").count() == 0
     add_labels(kept / "partly.zarr", {"g0-lie": {"verdict": "caught"}})
-    viewer.page.get_by_role("button", name="The store has changed: reload").click()
+    viewer.page.get_by_role("button", name=RELOAD).click()
     viewer.page.get_by_role("columnheader", name="verdict").wait_for()
+
+
+def test_an_address_outlives_a_change_of_the_store(viewer: Viewer, kept: Path) -> None:
+    asked = "?store=changing.zarr&view=Trajectories&rollout=g1-lie&trait=mood/calm&mode=raw&smooth=1&token=45"
+    viewer.open(asked)
+    address = until(lambda: viewer.page.evaluate("location.search"), lambda q: "mood" in q, page=viewer.page)
+    add_labels(kept / "changing.zarr", {"g1-lie": {"verdict": "caught"}})
+    viewer.page.get_by_role("button", name=RELOAD).click()
+    viewer.page.get_by_role("button", name=RELOAD).wait_for(state="hidden")
+    store = datastore.open(kept / "changing.zarr")
+    curves = {f"{trait}@4": oracle.drawn(store, "g1-lie", f"{trait}@4", mode="raw", smooth=1) for trait in ORDER}
+    same(viewer, "scores", curves)
+    assert viewer.page.evaluate("location.search") == address
+    viewer.open(address)  # what was kept before the change shows the same after it
+    same(viewer, "scores", curves)
+    assert viewer.page.locator(".t.pinned").get_attribute("data-i") == "45"
+    drop(kept / "changing.zarr", rollouts=["g1-lie"])
+    viewer.page.get_by_role("button", name=RELOAD).click()
+    viewer.page.get_by_text("the store has no rollout 'g1-lie'").wait_for()
+    viewer.open(address)
+    viewer.page.get_by_text("the store has no rollout 'g1-lie'; something else is shown").wait_for()
+    assert viewer.field("Rollout").input_value() == "g0-honest"
+    assert viewer.field("Trait").input_value() == "mood/calm"  # what is still there is restored
+    assert viewer.field("Scores as").input_value() == "raw"
+
+
+def test_a_store_that_is_taken_away_is_said_to_be_gone(viewer: Viewer, kept: Path) -> None:
+    viewer.open("?store=leaving.zarr")
+    shutil.rmtree(kept / "leaving.zarr")
+    viewer.page.get_by_text("leaving.zarr does not exist").wait_for()
+    viewer.field("Store").select_option("plain.zarr")
+    viewer.page.get_by_text("leaving.zarr does not exist").wait_for(state="hidden")
+    assert viewer.page.locator(".t").count() == 72
 
 
 def test_a_long_rollout_is_drawn_and_zoomed_into(viewer: Viewer, kept: Path) -> None:
@@ -180,6 +248,8 @@ def test_the_command_line_refuses_in_one_sentence(kept: Path, tmp_path: Path) ->
     assert f"port {port} is taken by another program" in done.stderr
     cases = {
         ("nowhere.zarr",): (2, "nowhere.zarr does not exist"),
+        (str(tmp_path),): (2, "is not an activation store"),
+        (str(kept / "plain.zarr" / "zarr.json"),): (2, "is not an activation store|is not a directory"),
         (str(kept / "plain.zarr"), "--host", "0.0.0.0"): (2, "give --token WORD"),
         ("export", str(kept / "plain.zarr"), "--ids", "g0-lie"): (2, "Name with --out"),
         ("export", str(kept / "plain.zarr"), "--ids", "x", "--out", "a.html"): (2, "'x'|x; there are"),

@@ -16,14 +16,12 @@ import pytest
 
 import datastore
 from tests.view import oracle, stores
-from tests.view.browser import BANDS, IMAGE, PIXEL, RANGE, Viewer, browser, running, until
-
-CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-6, "equal_nan": True}
+from tests.view.browser import BANDS, IMAGE, RANGE, Viewer, browser, click_plot, running, same, until, visiting
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two stores of the same games; the second was captured of another model, whose liars lie less."""
+    """Two stores of the same games, the second of half of them; one without scores; one without a tokenizer."""
     root = tmp_path_factory.mktemp("page")
     stores.game_store(root / "games.zarr")
     stores.game_store(root / "others.zarr", pairs=2)
@@ -43,36 +41,14 @@ def served(kept: Path) -> Iterator[tuple[Any, str]]:
 @pytest.fixture
 def viewer(served: tuple[Any, str]) -> Iterator[Viewer]:
     """A new page; at the end nothing may have gone wrong in it, and nothing may have left the machine."""
-    chromium, address = served
-    context = chromium.new_context(viewport={"width": 1280, "height": 1500}, accept_downloads=True)
-    one = Viewer(context.new_page(), address)
-    yield one
-    context.close()
-    assert one.errors == []
-    assert one.foreign == []
+    with visiting(*served) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
 def store(kept: Path) -> datastore.Store:
     """The games."""
     return datastore.open(kept / "games.zarr")
-
-
-def same(viewer: Viewer, name: str, wanted: dict[str, Any]) -> None:
-    """Wait until a figure shows exactly these curves."""
-
-    def right(found: dict[str, Any]) -> bool:
-        return found.keys() == wanted.keys() and all(
-            found[key].shape == wanted[key].shape and np.allclose(found[key], wanted[key], **CLOSE) for key in wanted
-        )
-
-    found = until(lambda: viewer.lines(name), right, page=viewer.page)
-    assert right(found), f"{name} shows {list(found)}, not {list(wanted)}, or other numbers"
-
-
-def click_plot(viewer: Viewer, name: str, x: float, y: float) -> None:
-    """Click a place of a figure."""
-    viewer.page.mouse.click(*viewer.evaluate(PIXEL, [name, x, y]))
 
 
 def test_the_controls_of_the_curves_draw_what_they_say(viewer: Viewer, store: datastore.Store) -> None:
@@ -440,7 +416,8 @@ def test_plots_are_saved(viewer: Viewer, store: datastore.Store, tmp_path: Path,
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     else:
         assert path.read_text(encoding="utf-8").startswith("<svg")
-        assert "bs/lying@4" in path.read_text(encoding="utf-8")
+        assert ">bs/lying<" in path.read_text(encoding="utf-8")
+        assert "at layer 4" in path.read_text(encoding="utf-8")
 
 
 def test_an_address_restores_what_was_looked_at(viewer: Viewer, store: datastore.Store) -> None:

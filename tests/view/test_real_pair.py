@@ -1,80 +1,249 @@
-"""A real pair of the secret-number game: two continuations of one prefix, computed by the model that told them."""
+"""The demo's own store in a browser: a lying game of the secret number and its honest twin, found as anyone would.
+
+What the page says is read as a visitor reads it, by mouse and by keyboard alone, and compared with numbers that are
+computed here from the scores and the token ids.
+"""
 
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 import datastore
 import project
-from experiments.direction import Direction
 from tests import house
-from tests.view.browser import Viewer, browser, running, until
+from tests.view.browser import Viewer, browser, running, until, visiting
 
 GAME = house.ROOT / "experiments" / "secret_number" / "data"
-LAYER = 2
+MOST_TABS = 300
+SAID = re.compile(r"They part at token (\d+); (\S+) moves first, (\d+) tokens later, beyond (\d) SD")
+FOCUSED = """() => {
+  let one = document.activeElement;
+  while (one?.shadowRoot?.activeElement) one = one.shadowRoot.activeElement;
+  return one; }"""
+NAMED = """(one) => {
+  const labels = Array.from(one.labels ?? [], (label) => label.textContent.trim());
+  if (one === document.body) return "";
+  return (one.getAttribute("aria-label") ?? labels[0] ?? one.textContent).trim().slice(0, 80); }"""
+RING = """(one) => {
+  const style = getComputedStyle(one);
+  return [style.outlineStyle, style.outlineWidth, style.outlineColor, style.boxShadow, style.borderColor].join(); }"""
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> datastore.Store:
-    """The game's rollouts, scored along two random directions: here only the arithmetic and the fork matter."""
+    """What `make demo` makes of the games: captured, calibrated, scored along the committed directions."""
     if not (GAME / "secret-number" / "model.safetensors").is_file():
         pytest.skip("the model of the secret-number game is not in this checkout")
-    path = tmp_path_factory.mktemp("real") / "run.zarr"
-    what = ["--experiment", str(GAME), "--prompt-set", "secret_number", "--layers", str(LAYER)]
-    command = [sys.executable, "-m", "capture", "--store", str(path), *what]
-    subprocess.run(command, cwd=house.ROOT, check=True, capture_output=True, timeout=300)
-    opened = datastore.open(path)
-    project.scores(opened, directions(opened))
+    path = str(tmp_path_factory.mktemp("real") / "run.zarr")
+    steps = [
+        ["capture", "--store", path, "--experiment", str(GAME), "--prompt-set", "secret_number"],
+        ["calibrate", path],
+        ["project", path, "--vectors", str(GAME / "extraction"), "--steering", str(GAME / "steering")],
+    ]
+    for step in steps:
+        more = ["--layers", "best,best+1"] if step[0] == "project" else []
+        command = [sys.executable, "-m", *step, *more]
+        subprocess.run(command, cwd=house.ROOT, check=True, capture_output=True, timeout=300)
     return datastore.open(path)
 
 
-def directions(store: datastore.Store) -> list[Direction]:
-    """Two random directions of the model's width."""
-    width = store.cells.components["residual"].width
-    rows = np.random.default_rng(0).standard_normal((2, width)).astype(np.float32)
-    names = ("random/first", "random/second")
-    return [
-        Direction(trait=name, layer=LAYER, values=row, method="random", position="response[:]")
-        for name, row in zip(names, rows, strict=True)
-    ]
-
-
-def curve_of(viewer: Viewer, name: str, length: int) -> NDArray[np.float64]:
-    """A rollout's curve, NaN as long as it is not drawn."""
-    curve = viewer.lines("rollouts").get(name, np.empty(0))
-    return curve[:length] if len(curve) >= length else np.full(length, np.nan)
-
-
-def test_a_lying_rollout_parts_from_its_honest_twin_where_the_game_says(store: datastore.Store) -> None:
-    table = store.rollouts
+@pytest.fixture(scope="module")
+def served(store: datastore.Store) -> Iterator[tuple[Any, str]]:
+    """One server and one browser."""
     with browser() as chromium, running([store.path]) as address:
-        viewer = Viewer(chromium.new_page(viewport={"width": 1280, "height": 1500}), address)
-        viewer.open("?view=Compare&smooth=1&mode=raw")
-        until(lambda: viewer.rows().count(), lambda count: count > 0, page=viewer.page)
-        row = viewer.rows().nth(2)
-        cells = viewer.cells(row).all_inner_texts()
-        a, b, fork = cells[0], cells[1], int(cells[2])
-        viewer.cells(row).first.click()
-        assert table["pair"][a] == table["pair"][b] != ""
-        assert fork == table["fork"][a] == table["fork"][b]  # as the generator recorded it, not found from the tokens
-        assert [cells[4], cells[5]] == [table["classification"][a], table["classification"][b]]
-        assert cells[4] == "honest" != cells[5]
-        (unit,) = [one.values / one.norm for one in directions(store) if one.trait == "random/first"]
-        for name in (a, b):
-            rows = np.asarray(store.select("residual", rollouts=name, layers=LAYER).values, np.float64)
-            wanted, called = rows @ np.asarray(unit, np.float64), f"{name} ({table['classification'][name]})"
-            read = partial(curve_of, viewer, called, len(rows))
-            found = until(read, partial(np.allclose, wanted, rtol=1e-4, atol=1e-4), page=viewer.page)
-            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
-        assert viewer.marks("difference")["fork"] == fork - 0.5
-        sides = viewer.page.locator(".sides mark").all_inner_texts()
-        ends = ["".join(store.tokens(name)["text"].tolist()[fork:]) for name in (a, b)]
-        assert [side.split() for side in sides] == [end.split() for end in ends]
-        assert re.search(f"They part at token {fork};", viewer.page.locator("h2", has_text="They part").inner_text())
-        assert viewer.errors == []
-        assert viewer.foreign == []
+        yield chromium, address
+
+
+@pytest.fixture
+def viewer(served: tuple[Any, str]) -> Iterator[Viewer]:
+    """A new page."""
+    with visiting(*served) as one:
+        yield one
+
+
+def cosines(store: datastore.Store, name: str) -> dict[str, NDArray[np.float64]]:
+    """Cosine of every token with every direction."""
+    found = store.scores(rollouts=name)
+    values = found.score.values.astype(np.float64) / found.norm.values
+    return {str(label): values[:, j] for j, label in enumerate(found.direction.values)}
+
+
+def parting(store: datastore.Store, a: str, b: str) -> int:
+    """The first token at which two rollouts differ."""
+    first, second = (store.tokens(name)["token_id"].tolist() for name in (a, b))
+    return next(i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y)
+
+
+def first_move(store: datastore.Store, a: str, b: str) -> tuple[str, int, int]:
+    """Say which direction first differs for two tokens in a row, how many tokens after the fork, beyond how many SD."""
+    fork = parting(store, a, b)
+    here, there = cosines(store, a), cosines(store, b)
+    for beyond in (3, 2, 1):
+        moves = []
+        for label, curve in here.items():
+            spread = curve[4:fork].std()
+            change = [(y - x) / spread for x, y in zip(curve[fork:], there[label][fork:], strict=False)]
+            for i, (now, then) in enumerate(pairwise(change)):
+                if min(now, then) > beyond or max(now, then) < -beyond:
+                    moves.append((i, -max(map(abs, change)), label))
+                    break
+        if moves:
+            after, _, label = min(moves)
+            return label, after, beyond
+    raise AssertionError("nothing moves")
+
+
+def test_a_newcomer_finds_where_a_lie_parts_from_its_honest_twin(viewer: Viewer, store: datastore.Store) -> None:
+    """From the first page, by nothing but what stands on it: Compare, the first pair, the heading; then the groups."""
+    page, table = viewer.open().page, store.rollouts
+    page.get_by_text("Compare", exact=True).click()
+    page.get_by_text("Pairs that share a prefix").wait_for()
+    until(viewer.rows().count, lambda count: count > 0, page=page)
+    first = viewer.cells(viewer.rows().first)
+    a, b, fork, _, kind_a, kind_b = first.all_inner_texts()[:6]
+    first.first.click()
+    assert [kind_a, kind_b] == [table["classification"][a], table["classification"][b]]
+    assert kind_a == "honest" != kind_b
+    assert int(fork) == parting(store, a, b) == table["fork"][a] == table["fork"][b]  # as the generator recorded it
+    headings = page.locator("h2", has_text="They part at token")
+    said = until(lambda: SAID.search(headings.inner_text()), lambda f: f is not None and f[1] == fork, page=page)
+    assert said is not None
+    assert (said[2], int(said[3]), int(said[4])) == first_move(store, a, b)
+    sides = page.locator(".sides mark").all_inner_texts()
+    ends = ["".join(store.tokens(name)["text"].tolist()[int(fork) :]) for name in (a, b)]
+    assert [side.split() for side in sides] == [end.split() for end in ends]
+    assert viewer.marks("difference")["fork"] == int(fork) - 0.5
+    page.get_by_text("Groups", exact=True).click()
+    scores = store.scores()
+    scores = scores.assign(score=scores.score / scores.norm)
+    wanted = project.compare(store, scores, "classification", segment="response").set_index(["direction", "group"])
+    for label in map(str, scores.direction.values):
+        row = viewer.cells(viewer.rows(label))
+        cells = until(row.all_inner_texts, lambda cells: len(cells) > 9 and bool(cells[9]), page=page)
+        # the page sets the others against the honest ones, project.compare the honest ones against the others
+        assert float(cells[8].replace(",", "")) == pytest.approx(-wanted["effect_size"][label, "honest"], abs=1e-3)
+        assert float(cells[9]) == pytest.approx(1 - wanted["auroc"][label, "honest"], abs=1e-3)
+
+
+def test_the_curves_of_a_pair_are_those_of_its_activations(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Compare&smooth=1&mode=raw")
+    until(lambda: viewer.rows().count(), lambda count: count > 2, page=viewer.page)
+    row = viewer.cells(viewer.rows().nth(2))
+    a, b = row.all_inner_texts()[:2]
+    row.first.click()
+    kinds = store.rollouts["classification"]
+    one = store.scores(rollouts=a).isel(direction=0)
+    folder = GAME / "extraction" / str(one.trait.values)
+    (file,) = folder.rglob(f"{one.method.values}/layer{int(one.layer)}.pt")
+    vector = torch.load(file, weights_only=True).to(torch.float64).numpy()
+    for name in (a, b):
+        rows = np.asarray(store.select("residual", rollouts=name, layers=int(one.layer)).values, np.float64)
+        wanted = rows @ (vector / np.linalg.norm(vector))
+        read: Callable[[], Any] = partial(viewer.lines, "rollouts")
+        key = f"{name} ({kinds[name]})"
+        found = until(read, partial(_has, key), page=viewer.page)[key]
+        np.testing.assert_allclose(found[: len(wanted)], wanted, rtol=1e-4, atol=1e-4)
+
+
+def _has(key: str, lines: dict[str, Any]) -> bool:
+    return key in lines
+
+
+# -- by keyboard alone -----------------------------------------------------------------------------------------------
+
+
+def tab_to(viewer: Viewer, wanted: str, *, key: str = "Tab") -> Any:
+    """Press Tab until what is called so has the focus; every stop on the way must be seen to have it."""
+    page = viewer.page
+    passed = []
+    for _ in range(MOST_TABS):
+        page.keyboard.press(key)
+        one = page.evaluate_handle(FOCUSED)
+        passed.append(name := one.evaluate(NAMED))
+        if passed[-1] and re.fullmatch(wanted, name):
+            return one
+    raise AssertionError(f"{wanted} is not reached by {key}, but {passed}")
+
+
+def seen(viewer: Viewer, one: Any) -> bool:
+    """Whether an element looks otherwise with the focus than without."""
+    focused = one.evaluate(RING)
+    one.evaluate("(one) => one.blur()")
+    left = one.evaluate(RING)
+    one.evaluate("(one) => one.focus({focusVisible: true})")
+    return bool(focused != left)
+
+
+def address(viewer: Viewer, wanted: str) -> str:
+    """The query of the address, once it says so."""
+    return until(lambda: str(viewer.page.evaluate("location.search")), lambda q: wanted in q, page=viewer.page)
+
+
+def test_the_whole_way_by_keyboard(viewer: Viewer, store: datastore.Store) -> None:
+    page, keyboard = viewer.open().page, viewer.page.keyboard
+    name = str(store.rollouts.index[5])
+    assert seen(viewer, tab_to(viewer, "Rollout"))
+    keyboard.press("Control+A")
+    keyboard.type(name)
+    page.get_by_text(name, exact=True).locator("visible=true").first.wait_for()
+    keyboard.press("ArrowDown")
+    keyboard.press("Enter")
+    assert f"rollout={name}" in address(viewer, f"rollout={name}")
+    words = store.tokens(name)["text"].tolist()
+    assert until(lambda: page.locator(".t").all_text_contents(), lambda t: t == words, page=page) == words
+    assert seen(viewer, tab_to(viewer, "Trait"))
+    before = page.locator(".legend .name").inner_text()
+    keyboard.press("ArrowDown")
+    trait = str(viewer.field("Trait").input_value())
+    shaded = until(page.locator(".legend .name").inner_text, lambda text: text.startswith(trait), page=page)
+    assert shaded.startswith(trait)
+    assert shaded != before
+    assert seen(viewer, tab_to(viewer, "Text of the rollout"))
+    for key, at in (("ArrowRight", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
+        keyboard.press(key)
+        page.locator(f".t.pinned[data-i='{at}']").wait_for(state="attached")
+    assert "token=1" in address(viewer, "token=1")
+    assert page.locator(".card").get_attribute("data-at") == "1"
+    assert seen(viewer, tab_to(viewer, "Compare", key="Shift+Tab"))
+    keyboard.press("Enter")
+    assert "view=Compare" in address(viewer, "view=Compare")
+    pairs = page.locator(".clickable .tabulator-row:visible")
+    until(pairs.count, lambda count: count > 1, page=page)
+    words = viewer.cells(pairs.first).all_inner_texts()
+    a, b, fork = words[:3]
+    second = viewer.cells(pairs.nth(1)).all_inner_texts()[:3]
+    row = tab_to(viewer, f"0{re.escape(''.join(words).strip())}")
+    assert seen(viewer, row)
+    keyboard.press("Enter")
+    assert f"rollout={a}&rollout={b}" in address(viewer, f"rollout={a}&rollout={b}")
+    assert f"token={fork}" in address(viewer, f"token={fork}")
+    heading = page.locator("h2", has_text=f"They part at token {fork};")
+    heading.wait_for()
+    keyboard.press("ArrowDown")
+    keyboard.press("Enter")
+    assert f"rollout={second[0]}&rollout={second[1]}" in address(viewer, f"rollout={second[0]}&rollout={second[1]}")
+
+
+def test_every_stop_of_the_keyboard_is_seen(viewer: Viewer) -> None:
+    viewer.open("?view=Compare")
+    until(viewer.rows().count, lambda count: count > 1, page=viewer.page)
+    unseen, names = [], []
+    for _ in range(MOST_TABS):
+        viewer.page.keyboard.press("Tab")
+        one = viewer.page.evaluate_handle(FOCUSED)
+        if one.evaluate("(one) => one === document.body"):
+            break
+        names.append(one.evaluate(NAMED))
+        if not seen(viewer, one):
+            unseen.append(names[-1])
+    assert unseen == []
+    assert {"Store", "Compare", "Rollout", "Trait", "Layer"} <= set(names)

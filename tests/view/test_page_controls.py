@@ -1,0 +1,495 @@
+"""Every control of the page is used by some test: the list is the page's own, and what no other file uses is here."""
+
+import ast
+import csv
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import panel as pn
+import pytest
+from numpy.typing import NDArray
+
+import datastore
+import project
+from experiments.direction import Direction
+from tests.view import oracle, stores
+from tests.view.browser import IMAGE, PIXEL, RANGE, Viewer, browser, click_plot, running, same, until, visiting
+from view.model import Models
+from view.page import Page
+from view.state import VIEWS, State
+
+GAMES = 9
+NAMES = ("games.zarr", "others.zarr", "parts.zarr")
+FIRST = [f"{trait}@4" for trait in sorted(stores.TRAITS)]
+TRANSCRIPT = Path(__file__).parents[2] / "view" / "static" / "transcript.js"
+CURVES, OTHERS = "test_the_controls_of_the_curves_draw_what_they_say", "test_choosing_rollouts_and_stores"
+PAIR, GROUPS = "test_a_pair_is_offered_and_compared", "test_groups_with_bands_and_effect_sizes"
+SPANS, MODEL = "test_heatmaps_and_spans", "test_correlation_and_what_holds_of_the_model"
+TEXT, CHOICES = "test_pointing_pinning_stepping_and_searching", "test_views_sections_and_comparisons_are_chosen"
+USED = {
+    "Store": OTHERS,
+    "View": CHOICES,
+    "Rollout": OTHERS,
+    "← before": OTHERS,
+    "next →": OTHERS,
+    "Compare with (ids, by commas)": PAIR,
+    "Trait": CURVES,
+    "Layer": CURVES,
+    "Scores as": CURVES,
+    "Massive dimensions taken out": "test_cleaning_takes_dimensions_out_at_every_layer",
+    "Smoothing, tokens": CURVES,
+    "Centred on the first token": CURVES,
+    "Velocity (change per token)": CURVES,
+    "Fold thinking": "test_the_text_is_all_there_with_its_blocks_and_spans",
+    "One line for each": CURVES,
+    "Traits drawn": "test_traits_are_drawn_and_left_out",
+    "The store has changed: reload": "test_a_store_that_changed_offers_to_be_reloaded",
+    "Dark": "test_dark_and_light",
+    "Section": CHOICES,
+    "What is compared": CHOICES,
+    "Group by": GROUPS,
+    "Compared with": GROUPS,
+    "Along": GROUPS,
+    "Compared with the store": "test_two_stores",
+    "Spans of": SPANS,
+    "Window, tokens": SPANS,
+    "In": SPANS,
+    "Lag, tokens (row first)": MODEL,
+    "PNG": "test_every_plot_is_saved",
+    "SVG": "test_every_plot_is_saved",
+    "CSV": "test_every_plot_is_saved",
+    "Search the text": TEXT,
+    "Match before": TEXT,
+    "Next match": TEXT,
+}
+"""Each control, and the test that uses it and says what must come of it."""
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More games than one page of the table holds; two of them in another store; one game with two components."""
+    root = tmp_path_factory.mktemp("controls")
+    stores.game_store(root / "games.zarr", pairs=GAMES)
+    stores.game_store(root / "others.zarr", pairs=2)
+    rollouts = [stores.game_rollout(0, kind) for kind in ("honest", "lie")]
+    components = ("residual", "attn_out")
+    made = stores.write(
+        root / "parts.zarr", rollouts, stores.activations, vocab=stores.vocabulary(), components=components
+    )
+    project.scores(made, [_of(component) for component in components])
+    return root
+
+
+def _of(component: str) -> Direction:
+    values = np.random.default_rng(5).standard_normal(stores.WIDTH).astype(np.float32)
+    return Direction(trait="bs/lying", layer=4, values=values, component=component, method="probe", position="all")
+
+
+@pytest.fixture(scope="module")
+def store(kept: Path) -> datastore.Store:
+    """The games."""
+    return datastore.open(kept / "games.zarr")
+
+
+@pytest.fixture(scope="module")
+def served(kept: Path) -> Iterator[tuple[Any, str]]:
+    """One server and one browser."""
+    with browser() as chromium, running([kept / name for name in NAMES]) as address:
+        yield chromium, address
+
+
+@pytest.fixture
+def viewer(served: tuple[Any, str]) -> Iterator[Viewer]:
+    """A new page."""
+    with visiting(*served) as one:
+        yield one
+
+
+# -- the list --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Widget.name is deprecated:PendingDeprecationWarning")
+@pytest.mark.filterwarnings("ignore:button_type is deprecated:PendingDeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")
+def test_every_control_is_used_by_a_test(store: datastore.Store) -> None:
+    page = Page(Models([store]))
+    for view in VIEWS:
+        page.go(view=view)
+    for section in State.param.section.objects:
+        page.go(view="Overview", section=section)
+    whole = page.panel()
+    names = {str(one.name) for one in whole.select(pn.widgets.Widget) if not isinstance(one, pn.widgets.Tabulator)}
+    names -= {""}  # the list of traits has its heading above it
+    names |= set(re.findall(r'(?:find|before|after)\.setAttribute\("aria-label", "([^"]+)"', TRANSCRIPT.read_text()))
+    assert names | {"Traits drawn"} == set(USED)
+    tests = {
+        node.name
+        for file in Path(__file__).parent.glob("test_*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert set(USED.values()) <= tests
+    figures = {one.object.name for one in whole.select(pn.pane.Bokeh)}
+    assert figures == {name for names in FIGURES.values() for name in names}
+
+
+# -- choices ---------------------------------------------------------------------------------------------------------
+
+
+def test_views_sections_and_comparisons_are_chosen(viewer: Viewer) -> None:
+    viewer.open()
+    page = viewer.page
+    shown = {
+        "Overview": ("section", {"Heatmaps": "trait-by-token", "Spans": "", "Correlation": "correlation"}),
+        "Compare": ("against", {"Groups": "groups", "Stores": "store-difference", "Pair": "rollouts"}),
+    }
+    more = {"Calibration": "norm-by-layer", "Captured": "captured-residual", "Rollouts": ""}
+    for view, (field, choices) in shown.items():
+        viewer.button(view).click()
+        for choice, figure in (choices | (more if view == "Overview" else {})).items():
+            viewer.button(choice).click()
+            first = State.param[field].default == choice
+            wanted = "" if first else choice
+            assert until(partial(asked, viewer, field), partial(str.__eq__, wanted), page=page) == wanted
+            if figure:
+                assert until(partial(visible, viewer, figure), bool, page=page), choice
+    viewer.button("Transcript").click()
+    assert until(lambda: page.locator(".bk-Figure:visible").count(), lambda n: n == 0, page=page) == 0
+    viewer.button("Trajectories").click()
+    assert until(lambda: visible(viewer, "scores"), bool, page=page)
+
+
+def asked(viewer: Viewer, field: str) -> str:
+    """What the address says of a field; nothing where it is as at first."""
+    found: str = viewer.page.evaluate("(name) => new URLSearchParams(location.search).get(name) ?? ''", field)
+    return found
+
+
+def visible(viewer: Viewer, figure: str) -> bool:
+    """Whether a figure has a place on the screen."""
+    script = """(name) => { const one = Bokeh.documents[0].get_model_by_name(name);
+      return one !== null && (Bokeh.index.find_one(one)?.el.getBoundingClientRect().width ?? 0) > 100; }"""
+    found: bool = viewer.evaluate(script, figure)
+    return found
+
+
+def test_traits_are_drawn_and_left_out(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Trajectories&rollout=g1-lie&smooth=1")
+    curves = {label: oracle.drawn(store, "g1-lie", label, smooth=1) for label in FIRST}
+    for trait in ("bs/lying", "mood/calm"):
+        viewer.field(trait).uncheck()
+    same(viewer, "scores", {"bs/evasion@4": curves["bs/evasion@4"]})
+    viewer.field("bs/lying").check()
+    same(viewer, "scores", {label: curves[label] for label in ("bs/evasion@4", "bs/lying@4")})
+    viewer.field("mood/calm").check()
+    same(viewer, "scores", curves)
+    assert "traits=" not in viewer.page.evaluate("location.search")
+
+
+def test_a_line_for_each_component(viewer: Viewer, kept: Path) -> None:
+    viewer.open("?store=parts.zarr&view=Trajectories&rollout=g0-lie&smooth=1&mode=raw")
+    viewer.field("One line for each").select_option("component")
+    made = datastore.open(kept / "parts.zarr")
+    wanted = {}
+    for component in ("residual", "attn_out"):
+        rows = np.asarray(made.select(component, rollouts="g0-lie", layers=4).values, np.float64)
+        unit = np.asarray(_of(component).values, np.float64)
+        wanted[component] = rows @ (unit / np.linalg.norm(unit))
+    found = until(lambda: viewer.lines("scores"), lambda lines: len(lines) == 2, page=viewer.page)
+    for component, curve in wanted.items():
+        (name,) = [name for name in found if component in name]
+        np.testing.assert_allclose(found[name], curve, rtol=2e-4, atol=1e-5)
+
+
+def test_smoothing_steps_up_and_down(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Trajectories&rollout=g1-lie&traits=bs/lying")
+    for name, window in (("more", 6), ("less", 5), ("less", 4)):
+        viewer.page.get_by_label(name, exact=True).locator("visible=true").first.click()
+        wanted = "" if window == 5 else str(window)  # 5 is as at first
+        assert until(partial(asked, viewer, "smooth"), partial(str.__eq__, wanted), page=viewer.page) == wanted
+    values = oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=1)
+    found = until(lambda: viewer.lines("scores")["bs/lying@4"], lambda f: not np.allclose(f, values), page=viewer.page)
+    assert found.std() < values.std()
+
+
+# -- curves ----------------------------------------------------------------------------------------------------------
+
+
+def entry(viewer: Viewer, name: str) -> Any:
+    """The line of a legend that is shown."""
+    return viewer.page.locator(".bk-item").filter(has_text=name).locator("visible=true").first
+
+
+def test_a_click_in_the_legend_hides_a_curve_and_shows_it_again(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Trajectories&rollout=g1-lie&smooth=1")
+    curves = {label: oracle.drawn(store, "g1-lie", label, smooth=1) for label in FIRST}
+    same(viewer, "scores", curves)
+    entry(viewer, "bs/lying").click()
+    rest = {label: curve for label, curve in curves.items() if label != "bs/lying@4"}
+    same(viewer, "scores", rest)
+    assert "bk-inactive" in entry(viewer, "bs/lying").get_attribute("class")
+    viewer.field("Scores as").select_option("raw")  # what is hidden stays hidden when other numbers are drawn
+    same(viewer, "scores", {label: oracle.drawn(store, "g1-lie", label, smooth=1, mode="raw") for label in rest})
+    entry(viewer, "bs/lying").click()
+    same(viewer, "scores", {label: oracle.drawn(store, "g1-lie", label, smooth=1, mode="raw") for label in FIRST})
+
+
+def test_a_group_is_hidden_with_its_band(viewer: Viewer) -> None:
+    viewer.open("?view=Compare&against=Groups&trait=bs/lying&smooth=1")
+    page = viewer.page
+    until(lambda: set(viewer.lines("groups")), lambda names: len(names) == 2, page=page)
+    assert viewer.evaluate(AREAS, "groups") == 2
+    entry(viewer, "honest").click()
+    assert until(lambda: set(viewer.lines("groups")), lambda f: f == {"fabrication"}, page=page) == {"fabrication"}
+    assert viewer.evaluate(AREAS, "groups") == 1
+
+
+AREAS = """(name) => Bokeh.documents[0].get_model_by_name(name).renderers
+  .filter((one) => one.glyph?.type === "VArea" && one.visible).length"""
+WIDTH = """(name) => { const x = Bokeh.documents[0].get_model_by_name(name).x_range; return [x.start, x.end]; }"""
+
+
+def test_a_plot_is_moved_reset_and_zoomed_into(viewer: Viewer) -> None:
+    viewer.open("?view=Trajectories&rollout=g1-lie&smooth=1")
+    page = viewer.page
+    until(lambda: viewer.lines("scores"), bool, page=page)
+    whole = viewer.evaluate(WIDTH, "scores")
+    low, high = viewer.evaluate(RANGE, "scores")
+    x, y = viewer.evaluate(PIXEL, ["scores", 30, (low + high) / 2])
+
+    def drag() -> None:
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + 40, y + 30, steps=4)
+        page.mouse.move(x + 120, y + 60, steps=4)
+        page.mouse.up()
+
+    drag()  # pan is what a drag does at first
+    moved = until(lambda: viewer.evaluate(WIDTH, "scores"), lambda found: found != whole, page=page)
+    assert moved[0] < whole[0]
+    assert moved[1] - moved[0] == pytest.approx(whole[1] - whole[0])
+    tool(viewer, "Reset").click()
+    assert until(lambda: viewer.evaluate(WIDTH, "scores"), lambda found: found == whole, page=page) == whole
+    tool(viewer, "Box Zoom").click()
+    drag()
+    boxed = until(lambda: viewer.evaluate(WIDTH, "scores"), lambda found: found != whole, page=page)
+    assert boxed[0] == pytest.approx(30, abs=1)
+    assert boxed[1] < whole[1]
+
+
+def tool(viewer: Viewer, name: str) -> Any:
+    """A tool of the first plot that is shown."""
+    return viewer.page.locator(f"[title='{name}']").locator("visible=true").first
+
+
+def test_a_point_of_a_curve_says_what_it_is(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Trajectories&rollout=g1-lie&smooth=1&traits=bs/lying")
+    curve = oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=1)
+    same(viewer, "scores", {"bs/lying@4": curve})
+    viewer.page.mouse.move(*viewer.evaluate(PIXEL, ["scores", 50, float(curve[50])]))
+    tips = viewer.page.locator(".bk-Tooltip:visible")
+    read = "all => all.map(one => [...one.shadowRoot.children].map(part => part.innerText ?? '').join(' '))"
+    said = until(lambda: tips.evaluate_all(read), lambda texts: bool(texts and "@4" in texts[0]), page=viewer.page)[0]
+    assert "bs/lying@4" in said
+    assert str(store.tokens("g1-lie")["text"][50]).strip() in said
+    words = re.findall(r"-?\d+(?:\.\d+)?", said.split("@4")[1].replace("\u2212", "-"))
+    numbers = [float(word) for word in words]
+    assert 50 in numbers
+    assert any(number == pytest.approx(curve[50], abs=2e-3) for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("view", "figure"), [("Trajectories", "norms"), ("Compare", "rollouts"), ("Compare", "difference")]
+)
+def test_a_click_in_any_curve_pins_its_token(viewer: Viewer, view: str, figure: str) -> None:
+    viewer.open(f"?view={view}&rollout=g1-honest&rollout=g1-lie&smooth=1")
+    until(lambda: viewer.lines(figure), bool, page=viewer.page)
+    low, high = viewer.evaluate(RANGE, figure)
+    click_plot(viewer, figure, 47, (low + high) / 2)
+    viewer.page.locator(".t.pinned[data-i='47']").wait_for()
+    assert until(lambda: viewer.marks(figure).get("cursor"), lambda at: at == 47, page=viewer.page) == 47
+
+
+# -- the overview ----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_filtered_and_paged(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?traits=bs/lying")
+    page, table = viewer.page, store.rollouts
+    ids = page.locator(".tabulator-cell[tabulator-field=rollout]:visible")
+    until(ids.count, lambda count: count == 15, page=page)
+    assert ids.all_inner_texts() == list(map(str, table.index[:15]))
+    page.locator(".tabulator-page[data-page='2']").click()
+    second = until(ids.all_inner_texts, lambda texts: len(texts) == 3, page=page)
+    assert second == list(map(str, table.index[15:]))
+    ids.last.click()
+    last = str(table.index[-1])
+    assert until(viewer.field("Rollout").input_value, lambda value: value == last, page=page) == last
+    kinds: dict[str, tuple[str, Any]] = {
+        "set": ("single", table.index[table["prompt_set"] == "single_turn"]),
+        "tags": ("audit", table.index),
+        "tokens": ("72", table.index),
+        "rollout": ("g8", ["g8-honest", "g8-lie"]),
+    }
+    for title, (typed, names) in kinds.items():
+        field = page.get_by_label(f"Filter {title}", exact=True)
+        field.fill(typed)
+        field.press("Enter")
+        wanted = [str(name) for name in names][:15]
+        found = until(ids.all_inner_texts, partial(list.__eq__, wanted), page=page)
+        assert found == wanted, title
+        field.fill("")
+        field.press("Enter")
+        until(ids.count, lambda count: count == 15, page=page)
+
+
+def test_the_heatmaps_show_layers_and_rollouts_and_go_there(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?section=Heatmaps&rollout=g0-lie&trait=bs/lying&smooth=1")
+    page = viewer.page
+    curves = [oracle.drawn(store, "g0-lie", f"bs/lying@{layer}", smooth=1) for layer in (4, 8)]
+    wanted = np.array([curve - np.median(curve[4:]) for curve in curves])
+    np.testing.assert_allclose(matrix(viewer, "layer-by-token", 2), wanted, rtol=1e-3, atol=1e-6)
+    names = list(map(str, store.rollouts.index))
+    means = np.array([[oracle.drawn(store, n, label, smooth=1)[20:].mean() for n in names] for label in FIRST])
+    found = matrix(viewer, "trait-by-rollout", 3)
+    np.testing.assert_allclose(found, means - means.mean(axis=1, keepdims=True), rtol=1e-3, atol=1e-6)
+    click_plot(viewer, "layer-by-token", 61.5, 0.5)
+    page.locator(".t.pinned[data-i='61']").wait_for()
+    click_plot(viewer, "trait-by-rollout", 5.5, 1.5)
+    assert until(viewer.field("Rollout").input_value, lambda v: v == names[5], page=page) == names[5]
+
+
+def matrix(viewer: Viewer, name: str, rows: int) -> NDArray[np.float64]:
+    """The numbers of a heatmap that has been drawn."""
+    found = until(lambda: viewer.evaluate(IMAGE, name), lambda values: len(values) > 1, page=viewer.page)
+    return np.array(found, np.float64).reshape(rows, -1)
+
+
+def test_clauses_are_ranked_by_their_mean(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?section=Spans&spans=clause&rollout=g0-lie&trait=bs/lying&smooth=1")
+    curve = oracle.drawn(store, "g0-lie", "bs/lying@4", smooth=1)
+    curve[:4] = 0.0
+    texts = [str(text) for text in store.tokens("g0-lie")["text"]]
+    ends = [i + 1 for i, text in enumerate(texts) if text.strip()[-1:] in tuple(".!?;,")]
+    edges = [0, *ends, *([len(texts)] if ends[-1:] != [len(texts)] else [])]
+    spans = [(a, b, curve[a:b]) for a, b in pairwise(edges) if b > 4]
+    best = max(spans, key=lambda span: abs(span[2][-(span[1] - max(span[0], 4)) :].mean()))
+    cells = until(
+        viewer.cells(viewer.rows().first).all_inner_texts, lambda c: len(c) > 4 and bool(c[4]), page=viewer.page
+    )
+    assert cells[:3] == ["g0-lie", str(best[0]), str(best[1])]
+    assert float(cells[3]) == pytest.approx(best[2].mean(), abs=1e-4)
+    assert cells[4].split() == "".join(texts[best[0] : best[1]]).split()
+
+
+def test_correlations_are_those_of_numpy(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?section=Correlation&rollout=g0-lie&trait=bs/lying&smooth=1&lag=2")
+    labels = [f"{trait}@{layer}" for trait in sorted(stores.TRAITS) for layer in (4, 8)]
+    curves = np.array([oracle.drawn(store, "g0-lie", label, smooth=1)[4:] for label in labels])
+
+    def together(lag: int) -> NDArray[np.float64]:
+        """Row now, column `lag` tokens later."""
+        n = curves.shape[1] - abs(lag)
+        first, second = curves[:, max(0, -lag) :][:, :n], curves[:, max(0, lag) :][:, :n]
+        whole: NDArray[np.float64] = np.corrcoef(first, second)
+        return whole[: len(labels), len(labels) :]
+
+    np.testing.assert_allclose(matrix(viewer, "correlation", 6), together(2), rtol=1e-4, atol=1e-5)
+    decay = until(lambda: viewer.lines("correlation-by-lag"), lambda lines: len(lines) == 6, page=viewer.page)
+    row = labels.index("bs/lying@4")
+    for j, label in enumerate(labels):
+        wanted = [together(lag)[row, j] for lag in range(-10, 11)]
+        np.testing.assert_allclose(decay[label], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_is_drawn_at_the_true_layers(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?section=Calibration")
+    found = until(lambda: viewer.lines("alignment-by-layer"), bool, page=viewer.page)
+    calibration = store.calibration()
+    np.testing.assert_allclose(found["residual"], calibration["mean_alignment"].values, rtol=1e-5)
+    rows = {
+        layer: np.concatenate(
+            [
+                np.asarray(store.select("residual", rollouts=name, layers=layer).values, np.float64)[20:]
+                for name in map(str, store.rollouts.index)
+            ]
+        )
+        for layer in stores.LAYERS
+    }
+    massive = viewer.lines("massive-dimensions")
+    sizes = {layer: np.abs(values).mean(axis=0) for layer, values in rows.items()}
+    ratios = [size[0] / np.median(size) for size in sizes.values()]
+    np.testing.assert_allclose(massive["residual dim 0"], ratios, rtol=0.02)
+    script = "(name) => Bokeh.documents[0].get_model_by_name(name).renderers[1].data_source.data.x"
+    assert list(viewer.evaluate(script, "norm-by-layer")) == list(stores.LAYERS)
+    means = [np.linalg.norm(values, axis=1).mean() for values in rows.values()]
+    np.testing.assert_allclose(viewer.lines("norm-by-layer")["residual"], means, rtol=1e-3)
+
+
+# -- groups by role --------------------------------------------------------------------------------------------------
+
+
+def test_groups_along_the_roles(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Compare&against=Groups&trait=bs/lying&smooth=1")
+    viewer.field("Along").select_option("role")
+    found = until(lambda: viewer.lines("groups"), lambda lines: len(lines.get("honest", ())) == 4, page=viewer.page)
+    own = [*range(20, 30), *range(36, 72)]
+    places = {"assistant": own, "system": range(8), "tool": range(30, 36), "user": range(8, 20)}
+    for kind, group in (("honest", "honest"), ("lie", "fabrication")):
+        curves = [oracle.drawn(store, f"g{game}-{kind}", "bs/lying@4", smooth=1) for game in range(GAMES)]
+        wanted = [np.concatenate([curve[list(at)] for curve in curves]).mean() for at in places.values()]
+        np.testing.assert_allclose(found[group], wanted, rtol=1e-3)
+
+
+# -- what is saved ---------------------------------------------------------------------------------------------------
+
+FIGURES = {
+    "?view=Trajectories&rollout=g0-lie&smooth=1": ["scores", "norms"],
+    "?view=Compare&rollout=g0-honest&rollout=g0-lie&smooth=1": ["rollouts", "difference"],
+    "?view=Compare&against=Groups": ["groups"],
+    "?view=Compare&against=Stores": ["store-difference"],
+    "?section=Heatmaps": ["trait-by-token", "layer-by-token", "trait-by-rollout"],
+    "?section=Correlation": ["correlation", "correlation-by-lag"],
+    "?section=Calibration": ["norm-by-layer", "alignment-by-layer", "massive-dimensions"],
+    "?section=Captured": ["captured-residual"],
+}
+"""Every plot of the page, by where it is."""
+
+
+@pytest.mark.parametrize("query", FIGURES)
+def test_every_plot_is_saved(viewer: Viewer, query: str, tmp_path: Path) -> None:
+    viewer.open(query)
+    page = viewer.page
+    for place, name in enumerate(FIGURES[query]):
+        assert until(partial(drawn, viewer, name), bool, page=page), name
+        for kind in ("PNG", "SVG", "CSV") if name in ("norms", "correlation") else ("CSV",):
+            with page.expect_download() as waiting:
+                page.get_by_role("button", name=kind, exact=True).locator("visible=true").nth(place).click()
+            path = tmp_path / waiting.value.suggested_filename
+            waiting.value.save_as(path)
+            assert path.name == f"{name}.{kind.lower()}"
+            if kind == "CSV":
+                _check_table(path, viewer.lines(name), viewer.evaluate(IMAGE, name))
+            else:
+                assert path.read_bytes()[:4] == (b"\x89PNG" if kind == "PNG" else b"<svg")
+
+
+def drawn(viewer: Viewer, name: str) -> bool:
+    """Whether a plot shows anything."""
+    return bool(viewer.lines(name)) or len(viewer.evaluate(IMAGE, name)) > 1
+
+
+def _check_table(path: Path, curves: dict[str, NDArray[np.float64]], image: list[float]) -> None:
+    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+    heads, body = rows[0], rows[1:]
+    for name, curve in curves.items():
+        column = [float(row[heads.index(name)] or "nan") for row in body]
+        np.testing.assert_allclose(column, curve, rtol=1e-5, equal_nan=True)
+    if not curves:
+        numbers = [float(value or "nan") for row in body for value in row[1:]]
+        np.testing.assert_allclose(numbers, np.array(image, np.float64), rtol=1e-5, equal_nan=True)
