@@ -206,20 +206,23 @@ def _seconds(
     bodies = {id(one): encode(one, codec) for one in chunks}
 
     def encoded() -> None:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(lambda one: encode_pieces(one, codec)[1], chunks))
+        _in_threads(lambda one: encode_pieces(one, codec)[1], chunks)
 
     def disk() -> None:
         nonlocal last
         last = next(stores)
         last.mkdir()
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(lambda i: _write_synced(last / str(i), bodies[id(chunks[i])]), range(len(chunks))))
+        _in_threads(lambda i: _write_synced(last / str(i), bodies[id(chunks[i])]), range(len(chunks)))
 
     tasks = {"bare": bare, "captured": captured, "written": written, "encoded": encoded, "disk": disk}
     seconds = alternate(tasks, rounds=min(2, sizes.rounds), before=clear)
     clear()
     return seconds
+
+
+def _in_threads(call: Callable[[Any], object], given: Sequence[Any]) -> None:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(call, given))
 
 
 def _chunks(

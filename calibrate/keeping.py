@@ -76,9 +76,12 @@ def save(calibration: Calibration, *, out: Path | None = None) -> list[tuple[Pat
 def _refuse_others(calibration: Calibration) -> None:
     for one in calibration.data.attrs["sources"]:
         for number, known in one.get("captures", {}).items():
+            capture = Path(one["store"]) / "captures" / f"{int(number):04d}"
             try:
-                created = storage.attributes(Path(one["store"]) / "captures" / f"{int(number):04d}").get("created")
+                created = storage.attributes(capture).get("created")
             except CorruptError:
+                if capture.exists():
+                    continue  # it is there; what can't be read is said elsewhere
                 created = None
             if created != known["created"]:
                 raise DatastoreError(

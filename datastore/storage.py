@@ -11,12 +11,12 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache, lru_cache, wraps
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import zarr
@@ -25,6 +25,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
 from datastore.codec import ChunkDecoder, zarr_codecs
+from datastore.diskerrors import disk_error, enough_room, free_bytes, named, naming, writable
 from datastore.dtype import register, zarr_dtype
 from datastore.errors import (
     CorruptError,
@@ -77,7 +78,6 @@ register()  # zarr-python 3.1 collects the entry points of data types and never 
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ROOT_GROUPS = ("captures", "labels", "annotations", "dropped", "calibration", "scores")
 TABLE_CHUNK = 65536
 """Elements a chunk of the small arrays: coordinates and the rollout table."""
@@ -145,64 +145,6 @@ def create_root(path: Path) -> None:
         remove(aside)
 
 
-@contextmanager
-def writable(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write below `path` into a `ReadOnlyError`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        raise ReadOnlyError(
-            f"{path} can't be written ({error.strerror}: {error.filename}), so nothing was captured; choose a place "
-            "that you may write to, or change its permissions"
-        ) from error
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an error of the system name the file, or what holds it, also where the failing call knew only a number."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def _named(function: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
-    """Wrap a function of a path so that an error of the system in it names that path."""
-
-    @wraps(function)
-    def named(path: Path, /, *arguments: P.args, **options: P.kwargs) -> T:
-        with naming(path):
-            return function(path, *arguments, **options)
-
-    return named
-
-
-@contextmanager
-def enough_room(path: Path, n_bytes: int) -> Iterator[None]:
-    """Turn an error of the disk into one sentence that says how much room `path` needs."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (*_NO_ROOM, errno.EIO):
-            raise
-        raise disk_error(error, path, n_bytes) from error
-
-
-def disk_error(error: OSError, path: Path, n_bytes: int) -> DatastoreError:
-    """Return what is to be said when `n_bytes` are still to write and the system failed a call on a file of `path`."""
-    full = error.errno in _NO_ROOM
-    done, cure = ("written", "make room and") if full else ("read or written", "once the disk is well")
-    return DatastoreError(
-        f"{error.filename or path} could not be {done} ({error.strerror or error}): {n_bytes:,} bytes before "
-        f"compression are still to write and {free_bytes(path):,} are free; what is finished is kept, {cure} run the "
-        "same command again to go on"
-    )
-
-
 def check_writable(store: Path, plans: Path) -> None:
     """Check before any work that a capture can be filled beside the store and renamed into it.
 
@@ -227,13 +169,13 @@ def check_writable(store: Path, plans: Path) -> None:
         )
 
 
-@_named
+@named
 def create_group(path: Path, attrs: Mapping[str, Any]) -> None:
     """Create one Zarr group directory with its attributes."""
     write_metadata(path, {"attributes": dict(attrs), "zarr_format": 3, "node_type": "group"})
 
 
-@_named
+@named
 def set_attributes(path: Path, attrs: Mapping[str, Any]) -> None:
     """Replace the attributes of a group or array that no reader can see yet."""
     file = path / "zarr.json"
@@ -260,7 +202,7 @@ def array_metadata(path: Path) -> dict[str, Any]:
     return read_json(path / "zarr.json")
 
 
-@_named
+@named
 def create_array(
     path: Path,
     *,
@@ -299,7 +241,7 @@ def _described(dtype: str, codec: Codec) -> bytes:
     return array.metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
 
 
-@_named
+@named
 def write_array(
     path: Path, values: NDArray[Any], *, dims: Sequence[str], attrs: Mapping[str, Any] | None = None
 ) -> None:
@@ -313,7 +255,7 @@ def write_array(
         zarr_array(path, mode="r+")[...] = filled
 
 
-@_named
+@named
 def zarr_array(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Array[Any]:
     """Open one array by its own zarr.json, with all chunks written, also those that equal the fill value."""
     try:
@@ -495,7 +437,7 @@ def _write_all(descriptor: int, pieces: Sequence[bytes | memoryview]) -> int:
     return total
 
 
-@_named
+@named
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Write a file under a temporary name beside it and rename it.
 
@@ -515,7 +457,7 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
         sync_file(path.parent)
 
 
-@_named
+@named
 def consolidate(path: Path) -> None:
     """Write the consolidated metadata of a group that is complete."""
     write_atomic(path / "zarr.json", json.dumps(consolidated(path), indent=2).encode())
@@ -552,7 +494,7 @@ def sync_files(path: Path, descriptor: int | None = None) -> None:
             os.close(opened)
 
 
-@_named
+@named
 def sync_file(path: Path) -> None:
     """Bring one file or directory entry to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -632,10 +574,3 @@ def clear_leftovers(directory: Path) -> None:
         for name in os.listdir(directory):
             if name.endswith(".partial"):
                 (directory / name).unlink(missing_ok=True)
-
-
-def free_bytes(path: Path) -> int:
-    """Return the bytes free on the file system that holds `path` or its nearest existing parent."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free

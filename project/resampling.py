@@ -83,7 +83,7 @@ def bootstrap_aurocs(
             return _intervals(values, None, confidence)
         random = np.random.default_rng(seed)
         above, below = (_counted(len(side), random) for side in (ups, downs))
-        drawn = [_drawn_aurocs(ups[:, j], downs[:, j], above, below) for j in range(len(columns))]
+        drawn = [_drawn_aurocs(ups[:, j], downs[:, j], above=above, below=below) for j in range(len(columns))]
         return _intervals(values, np.stack(drawn, axis=1), confidence)
 
     return _by_rows(np.isfinite(np.concatenate([up, down])), alike)
@@ -116,7 +116,9 @@ def _counted(n: int, random: np.random.Generator) -> NDArray[np.uint8]:
     return np.concatenate([draws.astype(np.uint8) for draws in _draws(n, random)])
 
 
-def _drawn_aurocs(up: Floats, down: Floats, above: NDArray[np.uint8], below: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _drawn_aurocs(
+    up: Floats, down: Floats, *, above: NDArray[np.uint8], below: NDArray[np.uint8]
+) -> NDArray[np.float64]:
     """AUROC of each resample: of every positive, how many negatives are smaller, and half of those that are equal."""
     order = np.argsort(down, kind="stable")
     ranked = down[order]

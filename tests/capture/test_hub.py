@@ -96,6 +96,29 @@ def test_a_revision_is_pinned_and_recorded_and_once_it_is_here_the_hub_is_not_as
     assert "owner/tiny" in empty.stderr
 
 
+def fetch_in_vain(hub: Hub, there: dict[str, str], home: Path, *, rest: int) -> None:
+    """Pull to a machine that has nothing: first its disk has no room, then it is killed when `rest` bytes are there."""
+    hub.exaggerates = "rest.safetensors"
+    full = manage(there, "build", "owner/tiny", "--from-hub", "owner/cache")
+    assert (full.returncode, hub.fetched("rest.safetensors")) == (1, [])
+    assert "owner/cache takes 1,125,899," in full.stderr
+    assert "nothing was downloaded" in full.stderr
+    hub.exaggerates = ""
+
+    hub.stalls = "layers-from-000.safetensors"
+    words = [sys.executable, "-m", "capture", "cache", "build", "owner/tiny", "--from-hub", "owner/cache"]
+    blobs = home / "hub" / "models--owner--cache" / "blobs"
+    with subprocess.Popen(words, cwd=ROOT, env=there, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 300
+        while not (hub.fetched(hub.stalls) and rest in [file.stat().st_size for file in blobs.glob("*[!e]")]):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.kill()
+    hub.stalls = ""
+    assert not (home / "activation_cache").exists(), "half of a cache is put nowhere"
+
+
 def test_a_cache_is_pushed_and_pulled_elsewhere_with_the_same_bits(hub: Hub, tmp_path: Path) -> None:
     commit = hub.put("owner/tiny", kimi.save_kimi(tmp_path / "model"))
     here, there = hub.environment(tmp_path / "here"), hub.environment(tmp_path / "there")
@@ -113,28 +136,7 @@ def test_a_cache_is_pushed_and_pulled_elsewhere_with_the_same_bits(hub: Hub, tmp
     }
     assert len(hub.fetched(SHARD)) == 1
 
-    # A machine that has neither: the disk has no room, then it is interrupted, then it has all.
-    hub.exaggerates = "rest.safetensors"
-    full = manage(there, "build", "owner/tiny", "--from-hub", "owner/cache")
-    assert (full.returncode, hub.fetched("rest.safetensors")) == (1, [])
-    assert "owner/cache takes 1,125,899," in full.stderr
-    assert "nothing was downloaded" in full.stderr
-    hub.exaggerates = ""
-
-    hub.stalls = "layers-from-000.safetensors"
-    words = [sys.executable, "-m", "capture", "cache", "build", "owner/tiny", "--from-hub", "owner/cache"]
-    blob = cache.read(place).files["rest.safetensors"]
-    blobs = tmp_path / "there" / "hub" / "models--owner--cache" / "blobs"
-    with subprocess.Popen(words, cwd=ROOT, env=there, stderr=subprocess.DEVNULL) as process:
-        end = time.monotonic() + 300
-        while not (hub.fetched(hub.stalls) and blob in [file.stat().st_size for file in blobs.glob("*[!e]")]):
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        process.kill()
-    hub.stalls = ""
-    assert not (tmp_path / "there" / "activation_cache").exists(), "half of a cache is put nowhere"
-
+    fetch_in_vain(hub, there, tmp_path / "there", rest=cache.read(place).files["rest.safetensors"])
     pulled = manage(there, "build", "owner/tiny", "--from-hub", "owner/cache", "--json")
     assert pulled.returncode == 0, pulled.stderr
     assert len(hub.fetched("rest.safetensors")) == 1, "what was whole is not fetched again"

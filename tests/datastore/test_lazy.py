@@ -146,6 +146,7 @@ def test_a_deleted_or_replaced_capture_is_an_error(broken: Path) -> None:
 def test_a_large_store_attaches_without_reading_tokens(tmp_path: Path) -> None:
     """100,000 rollouts and 50 million tokens, of which only the metadata exist."""
     group, n = tmp_path / "captures/0001", 100_000
+    group.parent.mkdir()
     storage.create_group(group, {})
     shape: dict[str, Any] = {"shape": (500 * n, 2, 8), "chunks": (1024, 1, 8), "dims": ("token", "layer", "hidden")}
     storage.create_array(group / "residual", dtype="bfloat16", **shape)

@@ -188,6 +188,11 @@ def address(viewer: Viewer, wanted: str) -> str:
     return until(lambda: str(viewer.page.evaluate("location.search")), lambda q: wanted in q, page=viewer.page)
 
 
+def press(viewer: Viewer, *keys: str) -> None:
+    for key in keys:
+        viewer.page.keyboard.press(key)
+
+
 def test_the_whole_way_by_keyboard(viewer: Viewer, store: datastore.Store) -> None:
     page, keyboard = viewer.open().page, viewer.page.keyboard
     name = str(store.rollouts.index[5])
@@ -195,8 +200,7 @@ def test_the_whole_way_by_keyboard(viewer: Viewer, store: datastore.Store) -> No
     keyboard.press("Control+A")
     keyboard.type(name)
     page.get_by_text(name, exact=True).locator("visible=true").first.wait_for()
-    keyboard.press("ArrowDown")
-    keyboard.press("Enter")
+    press(viewer, "ArrowDown", "Enter")
     assert f"rollout={name}" in address(viewer, f"rollout={name}")
     words = store.tokens(name)["text"].tolist()
     assert until(lambda: page.locator(".t").all_text_contents(), lambda t: t == words, page=page) == words
@@ -226,10 +230,8 @@ def test_the_whole_way_by_keyboard(viewer: Viewer, store: datastore.Store) -> No
     keyboard.press("Enter")
     assert f"rollout={a}&rollout={b}" in address(viewer, f"rollout={a}&rollout={b}")
     assert f"token={fork}" in address(viewer, f"token={fork}")
-    heading = page.locator("h2", has_text=f"They part at token {fork};")
-    heading.wait_for()
-    keyboard.press("ArrowDown")
-    keyboard.press("Enter")
+    page.locator("h2", has_text=f"They part at token {fork};").wait_for()
+    press(viewer, "ArrowDown", "Enter")
     assert f"rollout={second[0]}&rollout={second[1]}" in address(viewer, f"rollout={second[0]}&rollout={second[1]}")
 
 

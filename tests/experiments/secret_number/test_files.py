@@ -108,7 +108,8 @@ def test_pairs_share_a_prefix_and_part_at_the_fork() -> None:
 def test_some_say_in_truth_the_words_of_a_lie() -> None:
     said: dict[Any, set[Any]] = defaultdict(set)
     for one in ROLLOUTS:
-        said[one.labels["question"], one.labels["answer"]].add(one.labels["classification"])
+        sentence = str(one.labels["answer"]).split(".")[0]  # an assurance may follow
+        said[one.labels["question"], sentence].add(one.labels["classification"])
     assert sum({"fabrication", "honest"} <= labels for labels in said.values()) >= 5
 
 
