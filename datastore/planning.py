@@ -284,6 +284,8 @@ def _check(rollouts: Sequence[Rollout]) -> dict[str, Rollout]:
 def _unfinished(path: Path, request: Request) -> list[Plan]:
     plans = []
     for file in sorted(plans_directory(path).glob("*/plan.json")):
+        if file.parent.suffix == ".partial":
+            continue  # of a process that died laying this plan down, which another may have laid down since
         with suppress(OSError, ValueError):
             record = PlanFile.model_validate_json(file.read_bytes())
             if record.request == request.key and (file.parent / "group").is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -277,6 +278,19 @@ def test_a_killed_lay_down_is_done_again(path: Path) -> None:
     datastore.create(path, plan).close()
     assert lay_down(path, plan) == plans_directory(path) / plan.key
     assert making.capture(path, making.rollouts(5)) == [1]
+
+
+def test_a_plan_that_a_killed_process_had_almost_laid_down_counts_once(path: Path) -> None:
+    (plan,) = making.plans(path, making.rollouts(5, 9))
+    with datastore.create(path, plan):
+        pass
+    laid = plans_directory(path) / plan.key
+    almost = laid.with_name(f"{plan.key}.0123.partial")  # all is in it, and it was not renamed yet
+    shutil.copytree(laid, almost)
+    found = making.plans(path, making.rollouts(5, 9))
+    assert [one.key for one in found] == [plan.key]
+    making.capture(path, making.rollouts(5, 9))
+    assert making.plans(path, making.rollouts(5, 9)) == ()
 
 
 def test_the_same_part_twice_is_refused(path: Path) -> None:
