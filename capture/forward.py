@@ -334,9 +334,11 @@ class _Rows:
         return host
 
     def discard(self) -> None:
-        """Give the memory of rows back that nobody will take."""
+        """Give the memory of rows back that nobody will take, once no copy into it is on its way."""
         self._rows.clear()
         if self.slab is not None and self._staging is not None:
+            for device in self._copying:
+                self._staging.stream(device).synchronize()
             self._staging.give_back(self.slab)
             self.slab = None
 

@@ -345,7 +345,7 @@ class _Filling:
             [(name, plan.tokens(batch, name)) for name in batch.members],
             layers=plan.layers,
             components=[c.name for c in plan.components],
-            put=partial(self._put, stored=stored),
+            put=partial(self._put, stored=stored, staging=staging),
             on_halve=partial(self._halved, batch),
             piece_tokens=piece_tokens,
             staging=staging,
@@ -365,6 +365,7 @@ class _Filling:
         *,
         start: int,
         stored: frozenset[str],
+        staging: Staging,
     ) -> None:
         if rollout_id not in stored:
             return
@@ -374,7 +375,7 @@ class _Filling:
         if self.strict:
             _refuse_nonfinite(values, component=component, layer=layer, rollout_id=rollout_id, start=first)
         if len(values):
-            self.writer.put(component, layer, rollout_id, values, start=first, copy=False)
+            self.writer.put(component, layer, rollout_id, values, start=first, copy=staging.used)
 
     def _halved(self, batch: Batch, what: Halved) -> None:
         """Write down that a batch did not fit, so that a resumed or later capture computes the same way; say it."""

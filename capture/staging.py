@@ -1,7 +1,8 @@
 """Rows on their way from a GPU to the writer: two pinned slabs of host memory, a copy stream, one thread.
 
 While one batch computes, the rows of the one before are copied, handed on, compressed and written. With both slabs
-taken the next batch waits: that is all the memory there is.
+taken the next batch waits: that is all the memory there is. A slab is filled again as soon as its rows were handed on, so
+whoever takes them must copy them.
 """
 
 import queue
@@ -65,6 +66,8 @@ class Staging:
         self._work: queue.SimpleQueue[tuple[Slab, Callable[[], object]] | None] = queue.SimpleQueue()
         self._streams: dict[torch.device, Any] = {}
         self._failure: BaseException | None = None
+        self.used = False
+        """Whether any slab was ever given out."""
         self._pending = 0
         self._idle = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="capture-staging", daemon=True)
@@ -79,6 +82,7 @@ class Staging:
 
     def slab(self, n_bytes: int) -> Slab:
         """Return a slab with room for so much, as soon as one is free."""
+        self.used = True
         slab = self._free.get()
         try:
             self._raise_failure()

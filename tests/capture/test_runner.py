@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import pytest
 import torch
 
 import capture
-from capture import runner
+from capture import forward, runner
 from capture.errors import CaptureError, RequestError
 from capture.loading import Loaded, describe, load
 from capture.runner import Tick, carry_out
+from datastore import writer
 from datastore.dtype import numpy_dtype, upcast
 from datastore.errors import ReadOnlyError
 from datastore.schema import Rollout
@@ -143,6 +145,29 @@ def test_layers_and_components_added_later_have_the_bits_of_all_at_once(loaded: 
     take(loaded, grown, components=both)
     assert len(stored.captures(grown)) > 4, "ragged remainders are captures of their own"
     stored.assert_same(stored.rows(grown), stored.rows(tmp_path / "once.zarr"))
+
+
+def test_memory_that_is_used_again_for_the_next_rows_is_not_what_is_written(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows through slabs, as from a GPU, with a writer that is slower than the batches to come."""
+    long = made([40, 64, 64, 30, 64, 50, 61, 33])
+    take(loaded, tmp_path / "plain.zarr", long, batch_tokens=64)
+    to_host, encode = forward._Rows._to_host, writer.encode_pieces
+
+    def through_slab(self: Any, tensor: torch.Tensor) -> torch.Tensor:
+        rows = to_host(self, tensor)
+        self.slab = self.slab or self._staging.slab(self._n_bytes)
+        return self.slab.take(tuple(rows.shape), rows.dtype).copy_(rows)  # type: ignore[no-any-return]
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.02)
+        return encode(*args)
+
+    monkeypatch.setattr(forward._Rows, "_to_host", through_slab)
+    monkeypatch.setattr(writer, "encode_pieces", slowly)
+    take(loaded, tmp_path / "staged.zarr", long, batch_tokens=64)
+    stored.assert_same(stored.rows(tmp_path / "staged.zarr"), stored.rows(tmp_path / "plain.zarr"))
 
 
 def test_rollouts_added_later_leave_those_that_are_there(loaded: Loaded, tmp_path: Path) -> None:
