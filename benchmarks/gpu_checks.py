@@ -1,16 +1,21 @@
 """The GPU benchmark's checks: the paths that only a GPU has give the rows that the plain ones give."""
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaModel
 
+import capture
+import datastore
 from benchmarks.measure import Row
 from capture.components import find_components
 from capture.experts import Int4Experts
 from capture.forward import Halved, run_batch
 from capture.staging import Staging
+from datastore.schema import Rollout
 
 __all__ = ["checks"]
 
@@ -23,7 +28,7 @@ def checks(device: torch.device) -> tuple[list[Row], list[str]]:
     RuntimeError
         One of them fails.
     """
-    done = [_experts(device), _staging(device)]
+    done = [_experts(device), _staging(device), _stored(device)]
     if device.type == "cuda":
         done.append(_memory(device))
     return [], done
@@ -94,6 +99,34 @@ def _staging(device: torch.device) -> str:
         if a.keys() != b.keys() or any(not np.array_equal(a[k].view(np.uint16), b[k].view(np.uint16)) for k in a):
             raise RuntimeError("rows that went through the slabs are not the same bits")
     return f"rows through the slabs are the same bits, {len(batches)} batches"
+
+
+def _stored(device: torch.device) -> str:
+    """A whole capture, whose writer lags behind the model: what lies in the store is what the forwards gave."""
+    model, random = _llama(device), np.random.default_rng(1)
+    rollouts = [
+        Rollout(rollout_id=str(i), token_ids=random.integers(3, 500, n, np.int32), prompt_end=n // 2)
+        for i, n in enumerate(random.integers(200, 900, 160))
+    ]
+    options: dict[str, Any] = {"layers": range(4), "batch_tokens": 2048, "provenance": {"model": {"name": "toy"}}}
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "run.zarr"
+        specs = find_components(model).specs(("residual", "mlp_out"), range(4))
+        (plan,) = datastore.plan(path, rollouts, components=specs, most_tokens=64, **options)
+        capture.run(
+            model, None, rollouts, path, components=("residual", "mlp_out"), most_tokens=64, memory=64 << 20, **options
+        )
+        store, wrong, cells = datastore.open(path), list[str](), 0
+        for batch in plan.batches:
+            wanted = _rows(model, [(name, plan.tokens(batch, name)) for name in batch.members], None)
+            for (component, layer, name, _), values in wanted.items():
+                found = np.asarray(store.select(component, rollouts=name, layers=layer).values)
+                cells += 1
+                if not np.array_equal(found, values.astype(np.float32)):
+                    wrong.append(f"{component} of layer {layer} of rollout {name}")
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} of {cells} stored cells are not what the model gave, the first is {wrong[0]}")
+    return f"a stored capture holds the bits of its forwards, {cells} cells in {len(plan.batches)} batches"
 
 
 def _memory(device: torch.device) -> str:

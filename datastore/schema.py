@@ -6,6 +6,7 @@ passed in, and an invalid instance can't be held.
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -70,6 +71,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _whole(value: object, what: str) -> int:
+    """Return a plain int, NumPy's among them: only that is written as JSON."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise PlanError(f"{what} is {value!r}, which is no whole number; tokens are counted from 0") from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotation:
     """A labelled token span of a rollout, half-open, counted from the rollout's first token."""
@@ -79,6 +88,8 @@ class Annotation:
     label: str
 
     def __post_init__(self) -> None:
+        for name in ("token_start", "token_end"):
+            object.__setattr__(self, name, _whole(getattr(self, name), f"annotation {self.label!r}: {name}"))
         if not 0 <= self.token_start <= self.token_end:
             raise PlanError(
                 f"annotation {self.label!r} spans tokens [{self.token_start}, {self.token_end}), which is no range; "
@@ -141,7 +152,8 @@ class Rollout:
             raise PlanError(f"rollout {self.rollout_id!r} has token id {ids.min()}..{ids.max()}, outside int32")
         self._set("token_ids", np.ascontiguousarray(ids, dtype=np.int32))
         self._set("prefix", np.asarray([] if self.prefix is None else self.prefix, dtype=np.int32).reshape(-1))
-        self._set("prompt_end", ids.size if self.prompt_end == -1 else self.prompt_end)
+        end = _whole(self.prompt_end, f"rollout {self.rollout_id!r}: prompt_end")
+        self._set("prompt_end", ids.size if end == -1 else end)
         self._set("role", self._per_token("role", 0, np.int8))
         self._set("turn", self._per_token("turn", -1, np.int32))
         self._set("thinking", self._per_token("thinking", False, np.bool_))

@@ -21,6 +21,7 @@ from capture.errors import CaptureError, RequestError
 from capture.loading import Loaded, describe, load
 from capture.runner import Tick, carry_out
 from datastore import writer
+from datastore.codec import encode_pieces
 from datastore.dtype import numpy_dtype, upcast
 from datastore.errors import ReadOnlyError
 from datastore.schema import Rollout
@@ -153,7 +154,7 @@ def test_memory_that_is_used_again_for_the_next_rows_is_not_what_is_written(
     """Rows through slabs, as from a GPU, with a writer that is slower than the batches to come."""
     long = made([40, 64, 64, 30, 64, 50, 61, 33])
     take(loaded, tmp_path / "plain.zarr", long, batch_tokens=64)
-    to_host, encode = forward._Rows._to_host, writer.encode_pieces
+    to_host, encode = forward._Rows._to_host, encode_pieces
 
     def through_slab(self: Any, tensor: torch.Tensor) -> torch.Tensor:
         rows = to_host(self, tensor)

@@ -34,6 +34,7 @@ from tests.datastore import making
         ),
         ({"labels": {"": 1}}, "label '' is 1; a label has a name"),
         ({"prompt_end": 4}, r"rollout 'a': prompt_end 4 is outside 0\.\.3 tokens"),
+        ({"prompt_end": 1.0}, r"rollout 'a': prompt_end is 1\.0, which is no whole number"),
         ({"role": [1, 2]}, r"rollout 'a': role has shape \(2,\) for 3 tokens; give one value per token"),
         (
             {"role": [0, 1, 5]},
@@ -57,6 +58,17 @@ def test_an_invalid_annotation() -> None:
         PlanError, match=r"'x' spans tokens \[3, 2\), which is no range; give 0 <= token_start <= token_end"
     ):
         Annotation(token_start=3, token_end=2, label="x")
+
+
+def test_numpy_integers_are_as_good_as_plain_ones() -> None:
+    two = np.int64(2)
+    spans = (Annotation(token_start=np.int32(1), token_end=two, label="x"),)  # type: ignore[arg-type]
+    given = Rollout(rollout_id="a", token_ids=[1, 2, 3], prompt_end=two, annotations=spans)  # type: ignore[arg-type]
+    span = Annotation(token_start=1, token_end=2, label="x")
+    plain = Rollout(rollout_id="a", token_ids=[1, 2, 3], prompt_end=2, annotations=(span,))  # type: ignore[arg-type]
+    assert given.sha256 == plain.sha256
+    with pytest.raises(PlanError, match=r"annotation 'x': token_end is '2', which is no whole number"):
+        Annotation(token_start=1, token_end="2", label="x")  # type: ignore[arg-type]
 
 
 def test_what_a_rollout_says_of_itself() -> None:
