@@ -161,7 +161,7 @@ class Pair(View):
 
     def _show_moves(self, names: tuple[str, ...]) -> None:
         model, two = self.model, names[:2]
-        aligned = self._unsmoothed(two, fork=model.fork(two))
+        aligned = self._unsmoothed(two, fork=model.fork(two)).sel(direction=model.drawn(self.state.traits))
         for threshold in comparing.MOVED:
             found = comparing.first_moves(aligned, threshold=threshold)
             if found["moved_at"].notna().any():

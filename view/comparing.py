@@ -27,6 +27,7 @@ __all__ = [
     "pairs",
     "reference_of",
     "smoothed_apart",
+    "smoothed_at_forks",
 ]
 
 Float = NDArray[np.floating]
@@ -122,6 +123,18 @@ def smoothed_apart(aligned: xr.DataArray, window: int) -> xr.DataArray:
         for side in (slice(0, fork), slice(fork, length)):
             out[row, side] = scoring.smooth(out[row, side], window)
     return aligned.copy(data=out)
+
+
+def smoothed_at_forks(values: xr.DataArray, window: int, *, forks: Mapping[str, int]) -> xr.DataArray:
+    """Smooth values of many rollouts, (token, direction), before each one's fork and after it by themselves."""
+    if window == 1:
+        return values
+    out = values.values.copy()
+    for name, run in runs_of_rollouts(values):
+        cut = run.start + min(forks.get(name, 0), run.stop - run.start)
+        for side in (slice(run.start, cut), slice(cut, run.stop)):
+            out[side] = scoring.smooth(out[side], window)
+    return values.copy(data=out)
 
 
 def first_moves(aligned: xr.DataArray, *, threshold: float = MOVED[0]) -> pd.DataFrame:

@@ -14,6 +14,23 @@ __all__ = ["Controls"]
 WIDTH = 230
 TOO_MANY = 2000
 """Rollout ids that are offered while one is typed."""
+TRAITS_IN = {
+    "Overview": ("Rollouts", "Heatmaps", "Correlation"),
+    "Trajectories": ("trait",),
+    "Compare": ("Pair", "Groups", "Stores"),
+}
+"""Where a list of traits chooses what is drawn: by view, then by section, comparison or kind of line."""
+NOT_SMOOTHED = {
+    "Rollouts": "Means and peaks are not smoothed; the text is.",
+    "Heatmaps": "Means of rollouts are not smoothed; tokens are.",
+    "Spans": "Spans are means already, and not smoothed; the text is.",
+    "Pair": "Curves and text are smoothed; what moves first is told from scores that are not.",
+    "Groups": "Curves are smoothed; effect sizes are of scores that are not.",
+    "Stores": "Curves are smoothed; the table is of scores that are not.",
+    "Calibration": "Scores are in the text alone here.",
+    "Captured": "Scores are in the text alone here.",
+}
+"""What smoothing leaves as it is, said below its control."""
 LOOK = "const url = new URL(location.href); url.searchParams.set('theme', {theme!r}); location.assign(url);"
 
 
@@ -50,6 +67,8 @@ class Controls:
         self.velocity = w.Checkbox.from_param(state.param.velocity, name="Velocity (change per token)", **fixed)
         self.folded = w.Checkbox.from_param(state.param.folded, name="Fold thinking", **fixed)
         self.traits = w.CheckBoxGroup(name="Traits drawn", **fixed)
+        self._titled = html("<h2>Traits drawn</h2>", margin=(6, 5, 0, 5))
+        self.note = html(width=WIDTH, sizing_mode="fixed")
         self._asked = w.Button(
             name="The store has changed: reload", button_type="warning", visible=False, margin=(18, 5)
         )
@@ -111,8 +130,20 @@ class Controls:
             self.layer.value = state.layer if state.layer in self.layer.options else FIRST
             self.others.value = ", ".join(state.others)
             self.traits.value = list(state.traits or model.traits)
+            self._show_what_works()
         finally:
             self._listening = True
+
+    def _show_what_works(self) -> None:
+        """Show only the controls that change something in the view that is shown, or in the text below it."""
+        state = self.page.state
+        view = state.view
+        inside = {"Overview": state.section, "Compare": state.against}.get(view, state.lines)
+        self.lines.visible = view == "Trajectories"
+        self.others.visible = (view, inside) == ("Compare", "Pair")
+        self._titled.visible = self.traits.visible = inside in TRAITS_IN.get(view, ())
+        said = NOT_SMOOTHED.get(inside, "")
+        self.note.object = f"<p>{said}</p>" if said else ""
 
     def offer_reload(self, changed: bool) -> None:
         """Show the button that opens the store anew, or hide it."""
@@ -141,7 +172,6 @@ class Controls:
     @property
     def sidebar(self) -> pn.Column:
         """What stands beside the page."""
-        titled = html("<h2>Traits drawn</h2>", margin=(6, 5, 0, 5))
         return pn.Column(
             self.rollout,
             pn.Row(self.before, self.after, margin=0),
@@ -151,11 +181,12 @@ class Controls:
             self.mode,
             self.clean,
             self.smooth,
+            self.note,
             self.centred,
             self.velocity,
             self.folded,
             self.lines,
-            titled,
+            self._titled,
             self.traits,
             width=WIDTH + 20,
             css_classes=["sidebar"],

@@ -1,16 +1,18 @@
 """Groups of rollouts against each other: mean and bootstrap band by distance from the fork, turn, role, annotation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import panel as pn
 
 import project
+from project import derive
 from view import comparing
 from view.frame import NUMBERS, Host, View, later
 from view.plots import Lines
 from view.summaries import sample, summarise
 from view.tables import html, plain
-from view.treatment import Treatment
 
 __all__ = ["Groups"]
 
@@ -44,7 +46,11 @@ class Groups(View):
         self.label.param.watch(lambda event: self._take(label=event.new, reference=""), "value")
         self.reference.param.watch(lambda event: self._take(reference=event.new), "value")
         controls = pn.Row(self.label, self.reference, self.per)
-        titled = html("<h2>Effect size by trait, over the rollouts' means</h2>", margin=(8, 0, 0, 0))
+        titled = html(
+            "<h2>Effect size by trait, over the rollouts' means</h2><p>Of the unsmoothed scores of their responses; "
+            "positive where the others are above the reference.</p>",
+            margin=(8, 5, 0, 5),
+        )
         self._panel = pn.Column(
             controls, self.plot.panel(), self.note, titled, self.effects, sizing_mode="stretch_width"
         )
@@ -73,21 +79,22 @@ class Groups(View):
             self.note.object = "<p>Groups need scores and a label of the rollouts.</p>"
             return
         later(self._curves, self._draw)
-        if changed & (NUMBERS | {"label", "reference"}):
+        if changed & (NUMBERS | {"label", "reference", "traits"}):
             later(self._effects, self._show)
-
-    def _plain(self) -> Treatment:
-        state = self.state
-        return Treatment(mode=state.mode, clean=state.clean, centred=state.centred, smooth=1, velocity=state.velocity)
 
     def _curves(self) -> tuple[str, pd.DataFrame, int]:
         """The table that is drawn: group, x, mean, low, high; of how many rollouts."""
         model, state = self.model, self.state
         names, groups, one, per = tuple(sample(model)), model.groups(state.label), self.page.column(), state.per
-        values = model.treated(names, self._plain()).isel(direction=[one])
-        if per == "fork":
-            found = comparing.around_forks(values[:, 0], model.forks(state.label, state.reference), groups)
+        how = state.treatment
+        if per == "fork":  # curves that part at the fork, as those of a pair do, and are not blurred across it
+            forks = model.forks(state.label, state.reference)
+            values = model.treated(names, replace(how, smooth=1, velocity=False)).isel(direction=[one])
+            values = comparing.smoothed_at_forks(values, how.smooth, forks=forks)
+            values = derive.velocity(values) if how.velocity else values
+            found = comparing.around_forks(values[:, 0], forks, groups)
             return per, found.rename(columns={"offset": "x"}), len(names)
+        values = model.treated(names, how).isel(direction=[one])
         scores = model.scores(names).isel(direction=[one])
         given = scores.assign(score=scores.score.copy(data=values.values))
         found = project.compare(model.store, given, state.label, per=per)
@@ -113,13 +120,13 @@ class Groups(View):
         self.plot.plot.xaxis[0].axis_label = "tokens from the fork" if per == "fork" else per
         self.plot.name_ticks(None if numeric else [str(place) for place in places])
         direction = self.model.directions["direction"].iloc[self.page.column()]
-        self.plot.plot.title.text = f"{direction}: {self._plain().unit}, mean and 95 % band over rollouts"
+        self.plot.plot.title.text = f"{direction}: {state.treatment.unit}, mean and 95 % band over rollouts"
         every = len(self.model.scored)
         self.note.object = f"<p>{count} of {every} rollouts, evenly taken.</p>" if count < every else ""
 
     def _effects(self) -> pd.DataFrame:
         model, state = self.model, self.state
-        means = summarise(model, self._plain()).means
+        means = summarise(model, state.treatment).means[model.drawn(state.traits)]
         return comparing.effects(means, model.groups(state.label), reference=state.reference)
 
     def _show(self, found: pd.DataFrame) -> None:

@@ -1,6 +1,9 @@
 """Heatmaps of the overview: trait by token, trait by rollout, layer by token; and what is captured."""
 
+from typing import Any
+
 import numpy as np
+import pandas as pd
 import panel as pn
 
 from view.frame import NUMBERS, Host, View, later
@@ -13,6 +16,45 @@ from view.treatment import picked
 __all__ = ["Captured", "Heatmaps"]
 
 MOST_ROLLOUTS = 2000
+"""That one heatmap shows: more than a screen has columns for."""
+
+
+class Part:
+    """The choice of which rollouts a heatmap shows, where they are more than it holds, and the words that say so.
+
+    Parameters
+    ----------
+    page : Host
+    """
+
+    def __init__(self, page: Host) -> None:
+        self._page, self._listening = page, True
+        self.choice = pn.widgets.Select(name="Rollouts shown", options=[], width=180, visible=False)
+        self.choice.param.watch(self._take, "value")
+        self.note = html()
+
+    def _take(self, event: Any) -> None:
+        if self._listening and event.new:
+            self._page.go(part=event.new)
+
+    def of(self, count: int) -> slice:
+        """Return which of so many rollouts are shown, and say so."""
+        parts = max(1, -(-count // MOST_ROLLOUTS))
+        edges = [(i * MOST_ROLLOUTS, min(count, (i + 1) * MOST_ROLLOUTS)) for i in range(parts)]
+        at = min(self._page.state.part, parts)
+        self._listening = False
+        self.choice.options = {f"{start + 1:,} to {stop:,}": i for i, (start, stop) in enumerate(edges, start=1)}
+        self.choice.value = at
+        self._listening = True
+        self.choice.visible = parts > 1
+        start, stop = edges[at - 1]
+        self.note.object = (
+            f"<p>Rollouts {start + 1:,} to {stop:,} of {count:,}, in the store's order; the others are chosen above. "
+            "Overview, Rollouts lists all, with filters.</p>"
+            if parts > 1
+            else ""
+        )
+        return slice(start, stop)
 
 
 class Heatmaps(View):
@@ -24,9 +66,11 @@ class Heatmaps(View):
         self.tokens = Heatmap("trait by token", look, tapped=lambda x, _: self._pin(x))
         self.layers = Heatmap("layer by token", look, tapped=lambda x, _: self._pin(x))
         self.rollouts = Heatmap("trait by rollout", look, x="rollout", tapped=lambda x, _: self._go(x))
+        self.part = Part(page)
+        self._summary: Summary | None = None
         self._names: list[str] = []
-        plots = (self.tokens, self.layers, self.rollouts)
-        self._panel = pn.Column(*(plot.panel() for plot in plots), sizing_mode="stretch_width")
+        parts = [self.tokens.panel(), self.layers.panel(), self.part.choice, self.part.note, self.rollouts.panel()]
+        self._panel = pn.Column(*parts, sizing_mode="stretch_width")
 
     def panel(self) -> pn.Column:
         """Three heatmaps."""
@@ -45,9 +89,11 @@ class Heatmaps(View):
         state, model = self.state, self.model
         if changed & (NUMBERS | {"rollout", "trait", "traits", "layer"}):
             self._draw_tokens()
-        if changed & {"store", "mode", "clean", "centred", "traits", "layer"} and model.scored:
+        if changed & {"store", "mode", "clean", "centred", "velocity", "traits", "layer"} and model.scored:
             how = state.treatment
             later(lambda: summarise(model, how), self._draw_rollouts)
+        elif "part" in changed and self._summary is not None:
+            self._draw_rollouts(self._summary)
         at = state.token if state.token >= 0 else None
         self.tokens.show_cursor(at)
         self.layers.show_cursor(at)
@@ -68,12 +114,13 @@ class Heatmaps(View):
         table, state = self.model.directions, self.state
         chosen = picked(table, traits=state.traits, layer=state.layer_number)
         labels = [str(table["direction"].iloc[j]) for j in chosen]
-        means = found.means[labels].iloc[:MOST_ROLLOUTS]
-        self._names = [str(name) for name in means.index]
-        more = f" (the first {MOST_ROLLOUTS} of {len(found.means)})" if len(found.means) > MOST_ROLLOUTS else ""
-        centred = means.to_numpy() - np.nanmean(means.to_numpy(), axis=0)
+        self._summary = found
+        every = found.means[labels]
+        shown = every.iloc[self.part.of(len(every))]
+        self._names = [str(name) for name in shown.index]
+        centred = shown.to_numpy() - np.nanmean(every.to_numpy(), axis=0)
         self.rollouts.draw(centred.T, labels, columns=self._names, unit=state.mode, named_columns=True)
-        self.rollouts.plot.title.text = f"Mean of each rollout less the mean of all{more}"
+        self.rollouts.plot.title.text = "Mean of each rollout less the mean of all"
 
 
 class Captured(View):
@@ -82,8 +129,10 @@ class Captured(View):
     def __init__(self, page: Host) -> None:
         super().__init__(page)
         self._plots: dict[str, Heatmap] = {}
+        self._there: dict[str, pd.DataFrame] = {}
+        self.part = Part(page)
         self._note = html()
-        self._panel = pn.Column(self._note, sizing_mode="stretch_width")
+        self._panel = pn.Column(self._note, self.part.choice, self.part.note, sizing_mode="stretch_width")
 
     def panel(self) -> pn.Column:
         """A heatmap for each component."""
@@ -91,14 +140,17 @@ class Captured(View):
 
     def update(self, changed: frozenset[str]) -> None:
         """Draw the store's cells."""
-        if "store" not in changed:
+        if "store" in changed:
+            self._there = captured(self.model)
+        elif "part" not in changed:
             return
-        there = captured(self.model)
+        there = self._there
+        rows_shown = self.part.of(len(self.model.rollouts))
         for component, cells in there.items():
             if component not in self._plots:
                 self._plots[component] = Heatmap(f"captured {component}", self.look, x="rollout")
                 self._panel.append(self._plots[component].panel())
-            shown = cells.iloc[:MOST_ROLLOUTS]
+            shown = cells.iloc[rows_shown]
             rows = [f"layer {layer}" for layer in cells.columns]
             names = [str(name) for name in shown.index]
             plot = self._plots[component]

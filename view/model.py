@@ -15,8 +15,9 @@ import datastore
 from datastore.cells import snapshot
 from datastore.errors import AbsentError
 from datastore.query import Store
-from datastore.scores import known_columns, load_results, read_scores
+from datastore.scores import Column, Place, known_columns, load_results, read_scores
 from datastore.storage import numbered
+from experiments.direction import Direction
 from project.cleaning import top_dims
 from view.comparing import fork_of, pairs, reference_of
 from view.treatment import Treatment, treated
@@ -129,10 +130,27 @@ class Model:
         one = self.scores((self.scored[0],))
         return pd.DataFrame({name: one[name].values for name in ("direction", *TABLE)})
 
+    def along(self, direction: str) -> Direction:
+        """Return a direction with its numbers, a unit vector, as it was scored; `direction` is its label."""
+        at = list(map(str, self.directions["direction"])).index(direction)
+        row = self.directions.iloc[at]
+        sha256 = str(self.scores((self.scored[0],))["sha256"].values[at])
+        column = Column("score", Place(str(row["component"]), int(row["layer"])), sha256)
+        result = next(one for one in reversed(self._results) if column in one.columns["score"])
+        same = [one for one in result.columns["score"] if one.place.component == column.place.component]
+        values = result.vectors(column.place.component)[same.index(column)]
+        return Direction(trait=str(row["trait"]), **column.place._asdict(), values=values, method=str(row["method"]))
+
     @cached_property
     def traits(self) -> list[str]:
         """Names of the traits, in the order of the directions."""
         return list(dict.fromkeys(map(str, self.directions["trait"])))
+
+    def drawn(self, traits: Sequence[str]) -> list[str]:
+        """Return the directions of some traits by their labels, at every layer; of all traits where none is named."""
+        wanted = set(traits or self.traits)
+        table = self.directions
+        return [str(name) for name, trait in zip(table["direction"], table["trait"], strict=True) if trait in wanted]
 
     # -- numbers ---------------------------------------------------------------------------------------------------
 

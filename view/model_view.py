@@ -1,63 +1,100 @@
 """What holds of the model as a whole: how traits move together, and what a calibration says of its layers."""
 
+from functools import partial
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 import panel as pn
 import xarray as xr
 
 import project
-from view.frame import NUMBERS, Host, View
-from view.plots import Heatmap, Lines
-from view.summaries import calibration_tables
+from view.frame import NUMBERS, Host, View, later
+from view.model import Model
+from view.plots import SINK, Heatmap, Lines
+from view.summaries import calibration_tables, sample
 from view.tables import html, plain
+from view.treatment import Treatment
 
 __all__ = ["Calibration", "Correlation"]
 
 MOST_LAG = 10
+MOST_TOKENS = 50_000
+"""That stand for all where traits are correlated in all rollouts."""
+Asked = tuple[Model, tuple[str, ...], Treatment]
 
 
 class Correlation(View):
-    """Correlation of traits in the shown rollout, some tokens apart."""
+    """Correlation of traits some tokens apart, in the shown rollout or in all."""
 
     def __init__(self, page: Host) -> None:
         super().__init__(page)
         self.lag = pn.widgets.IntInput.from_param(
             page.state.param.lag, name="Lag, tokens (row first)", start=-MOST_LAG, end=MOST_LAG, width=170
         )
+        self.scope = pn.widgets.Select.from_param(page.state.param.scope, name="Correlation in", width=160)
         self.matrix = Heatmap("correlation", page.look, x="")
         self.decay = Lines("correlation by lag", page.look, x="lag, tokens", y="correlation", height=280)
-        self._found: xr.DataArray | None = None
-        self._panel = pn.Column(self.lag, self.matrix.panel(), self.decay.panel(), sizing_mode="stretch_width")
+        self._found: Correlated | None = None
+        self._asked: Asked | None = None
+        controls = pn.Row(self.lag, self.scope)
+        self._panel = pn.Column(controls, self.matrix.panel(), self.decay.panel(), sizing_mode="stretch_width")
 
     def panel(self) -> pn.Column:
-        """Lag, matrix and decay."""
+        """Choices, matrix and decay."""
         return self._panel
 
     def update(self, changed: frozenset[str]) -> None:
         """Correlate anew, or show another lag."""
         state, model = self.state, self.model
-        if not model.is_scored(state.rollout):
+        every = state.scope == "all rollouts"
+        if not (model.scored if every else model.is_scored(state.rollout)):
+            self._found = None
+            self.matrix.draw(np.empty((0, 0), np.float32), [])
             self.decay.draw([], {})
             return
-        if changed & (NUMBERS | {"rollout"}):
-            rollout = (state.rollout,)
-            scores, values = model.scores(rollout), model.treated(rollout, state.treatment)
-            given = scores.assign(score=scores.score.copy(data=values.values)).isel(token=slice(4, None))
-            self._found = project.lag_correlation(given, max_lag=MOST_LAG)
-        found = self._found
-        if found is None:
+        if changed & (NUMBERS | {"scope"} | (frozenset() if every else {"rollout"})):
+            names, how = tuple(sample(model, tokens=MOST_TOKENS)) if every else (state.rollout,), state.treatment
+            self._asked = (model, names, how)
+            find = partial(_correlated, *self._asked)
+            later(find, self._take) if every else self._take(find())
+        elif changed & {"lag", "trait", "traits", "layer"}:
+            self._draw()
+
+    def _take(self, found: "Correlated") -> None:
+        if found.asked == self._asked:  # and not what was asked before it
+            self._found = found
+            self._draw()
+
+    def _draw(self) -> None:
+        """Show a lag of what was found, and how the chosen trait goes with the others."""
+        state, model = self.state, self.model
+        if self._found is None:
             return
-        if changed & (NUMBERS | {"rollout", "lag"}):
-            labels = list(map(str, found.direction.values))
-            self.matrix.draw(
-                found.sel(lag=state.lag).values, labels, columns=labels, unit="r", named_columns=True, limit=1.0
-            )
-            self.matrix.plot.title.text = f"Correlation in {state.rollout}, the column {state.lag} tokens later"
-        if changed & (NUMBERS | {"rollout", "trait", "layer"}):
-            one = str(model.directions["direction"].iloc[self.page.column()])
-            curves = {str(other): found.sel(direction=one, other=other).values for other in found.other.values}
-            self.decay.draw(found.lag.values, curves)
-            self.decay.plot.title.text = f"{one} with each trait some tokens later"
+        (_, names, _), found = self._found
+        labels = model.drawn(state.traits)
+        now = found.sel(lag=state.lag, direction=labels, other=labels).values
+        self.matrix.draw(now, labels, columns=labels, unit="r", named_columns=True, limit=1.0)
+        inside = names[0] if len(names) == 1 else f"{len(names):,} rollouts"
+        part = f" of {len(model.scored):,}, evenly taken" if 1 < len(names) < len(model.scored) else ""
+        self.matrix.plot.title.text = f"Correlation in {inside}{part}, the column {state.lag} tokens later"
+        one = str(model.directions["direction"].iloc[self.page.column()])
+        self.decay.draw(found.lag.values, {name: found.sel(direction=one, other=name).values for name in labels})
+        self.decay.plot.title.text = f"{one} with each trait some tokens later"
+
+
+class Correlated(NamedTuple):
+    """Correlations by lag, and what they are of."""
+
+    asked: Asked
+    values: xr.DataArray
+
+
+def _correlated(model: Model, names: tuple[str, ...], how: Treatment) -> Correlated:
+    scores, values = model.scores(names), model.treated(names, how)
+    given = scores.assign(score=scores.score.copy(data=values.values))
+    beyond = given.isel(token=np.flatnonzero(scores.position.values >= SINK))
+    return Correlated((model, names, how), project.lag_correlation(beyond, max_lag=MOST_LAG))
 
 
 class Calibration(View):

@@ -24,7 +24,7 @@ from bokeh.models import (
 from bokeh.plotting import figure
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["COLOURS", "Heatmap", "Lines", "Look", "diverging", "robust_range", "thin"]
+__all__ = ["COLOURS", "SINK", "Heatmap", "Lines", "Look", "diverging", "robust_range", "thin"]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7f3c8d", "#8c564b", "#6b6b6b", "#11a579")
 """Okabe and Ito's, and some beside them; line styles tell apart those that come again."""
@@ -328,13 +328,13 @@ class Lines(_Plot):
         hidden = {word for word, line in zip(self._shown, self._lines, strict=False) if not line.visible}
         self._shown = tuple(shown)
         for j, line in enumerate(self._lines):
-            line.visible = j < len(names) and shown[j] not in hidden
             if j < len(names):
                 colour, dash = COLOURS[j % len(COLOURS)], DASHES[(j // len(COLOURS)) % len(DASHES)]
                 line.name = names[j]
                 line.glyph.update(line_color=colour, line_dash=dash)
                 if len(self._curves[names[j]]) > 1:
                     self._area(j).glyph.fill_color = colour
+            line.visible = j < len(names) and shown[j] not in hidden  # last: what is shown has its name
         for j, area in self._areas.items():
             area.visible = self._lines[j].visible and len(self._curves[names[j]]) > 1
         drawn = [[line, *([self._areas[j]] if j in self._areas else [])] for j, line in enumerate(self._lines)]
@@ -473,13 +473,15 @@ class Heatmap(_Plot):
         self.source.data = {"image": [image], "dw": [max(1, n_columns)], "dh": [max(1, n_rows)]}
         self._rows, self._columns = list(rows), names
         plot = self.plot
-        plot.height = 90 + 20 * max(2, min(n_rows, 24))
+        upright = named_columns and n_columns > 6  # names that stand need room below the axis
+        room = min(120, 6 * max((len(name) for name in names), default=0)) if upright else 0
+        plot.height = 90 + room + 20 * max(2, min(n_rows, 24))
         for bounds, size in ((plot.x_range, max(1, n_columns)), (plot.y_range, max(1, n_rows))):
             bounds.update(start=0, end=size, reset_start=0, reset_end=size)
         _label(plot.yaxis[0], rows, step=max(1, -(-n_rows // 24)))
         if named_columns:
             _label(plot.xaxis[0], names, step=max(1, -(-n_columns // 30)))
-            plot.xaxis[0].major_label_orientation = 0.9 if n_columns > 6 else 0.0
+            plot.xaxis[0].major_label_orientation = 0.9 if upright else 0.0
 
     def show_cursor(self, at: float | None) -> None:
         """Mark the pinned token."""

@@ -10,7 +10,7 @@ from bokeh.models import HTMLTemplateFormatter
 from view.frame import NUMBERS, Host, View, later
 from view.summaries import Summary, strongest, summarise
 from view.tables import clickable, html
-from view.treatment import Treatment, picked
+from view.treatment import picked
 
 __all__ = ["RolloutTable", "Spans", "rollout_rows"]
 
@@ -55,7 +55,7 @@ class RolloutTable(View):
 
     def update(self, changed: frozenset[str]) -> None:
         """Show other rollouts or other scores; nothing where only the token changed."""
-        if not changed & {"store", "mode", "clean", "centred", "traits", "layer"}:
+        if not changed & {"store", "mode", "clean", "centred", "velocity", "traits", "layer"}:
             return
         if "store" in changed:
             self._summary = None
@@ -137,7 +137,9 @@ class Spans(View):
         direction, how = str(model.directions["direction"].iloc[at]), state.treatment
         one = state.rollout if state.scope == "this rollout" else None
         by, window = state.spans, state.window
-        self._heading.object = f"<p>Strongest spans of {direction}: {_unit(how)}, the first four tokens left out.</p>"
+        self._heading.object = (
+            f"<p>Strongest spans of {direction}: {how.unit}, not smoothed, the first four tokens left out.</p>"
+        )
 
         def find() -> pd.DataFrame:
             peaks = None if one is not None else summarise(model, how, segment=None).peaks[direction]
@@ -147,7 +149,3 @@ class Spans(View):
 
     def _show(self, found: pd.DataFrame) -> None:
         self.table.value = found
-
-
-def _unit(how: Treatment) -> str:
-    return Treatment(mode=how.mode).unit

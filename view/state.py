@@ -44,6 +44,9 @@ class State(param.Parameterized):
     section: Any = param.Selector(
         default="Rollouts", objects=["Rollouts", "Heatmaps", "Spans", "Correlation", "Calibration", "Captured"]
     )
+    part = param.Integer(
+        default=1, bounds=(1, 10_000), doc="Which part of the rollouts a heatmap of them shows, from 1."
+    )
     against: Any = param.Selector(default="Pair", objects=["Pair", "Groups", "Stores"])
 
     @property

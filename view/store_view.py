@@ -8,14 +8,13 @@ import panel as pn
 
 from datastore.errors import MisuseError
 from project.modeldiff import difference
-from project.statistics import effect_size, paired_effect_size
 from view.frame import NUMBERS, Host, View, later
 from view.model import Model
 from view.plots import Lines
-from view.summaries import summarise
+from view.store_diff import Compared, compared
 from view.tables import html, plain
 from view.trajectories import bands_of, texts_of
-from view.treatment import Treatment, picked, treated
+from view.treatment import picked, treated
 
 __all__ = ["Stores"]
 
@@ -26,6 +25,7 @@ TABLE = {
     "mean_b": "mean there",
     "effect_size": "effect size d",
     "paired_effect_size": "paired effect size",
+    "cosine": "cosine of the change",
 }
 
 
@@ -37,10 +37,11 @@ class Stores(View):
         self.other = pn.widgets.Select(name="Compared with the store", options=[], width=240)
         self.plot = Lines("store difference", page.look, height=320)
         self.table = plain(pd.DataFrame(columns=list(TABLE)), titles=TABLE, numbers=list(TABLE)[1:])
-        self.note = html()
+        self.note, self.words = html(), html()
         self._listening = True
         self.other.param.watch(self._take, "value")
-        self._panel = pn.Column(self.other, self.note, self.plot.panel(), self.table, sizing_mode="stretch_width")
+        parts = (self.other, self.note, self.plot.panel(), self.words, self.table)
+        self._panel = pn.Column(*parts, sizing_mode="stretch_width")
 
     def panel(self) -> pn.Column:
         """The choice, the difference and the table."""
@@ -64,14 +65,16 @@ class Stores(View):
         other = self.page.models[shown]
         if changed & (NUMBERS | {"rollout", "traits", "layer", "other_store", "against"}):
             self._draw(other)
-        if changed & (NUMBERS | {"other_store"}):
-            later(lambda: _table(self.model, other, state.treatment), self._show)
+        if changed & (NUMBERS | {"other_store", "traits"}):
+            model, how = self.model, state.treatment
+            later(lambda: compared(model, other, how), self._show)
         self.plot.show_cursor(state.token if state.token >= 0 else None)
 
     def _nothing(self, why: str) -> None:
         self.note.object = f"<p>{why}</p>"
         self.plot.draw([], {})
         self.table.value = pd.DataFrame(columns=list(TABLE))
+        self.words.object = ""
 
     def _draw(self, other: Model) -> None:
         state, model = self.state, self.model
@@ -94,20 +97,12 @@ class Stores(View):
         self.plot.plot.title.text = f"{other.name} less {model.name}: {state.treatment.unit}, {state.rollout}"
         self.plot.draw(np.arange(len(values)), curves, texts=texts_of(model, state.rollout))
 
-    def _show(self, found: pd.DataFrame) -> None:
-        self.table.value = found
-
-
-def _table(a: Model, b: Model, how: Treatment) -> pd.DataFrame:
-    """Compare the means of rollouts that both hold with the same tokens, direction by direction."""
-    hashes = b.rollouts["token_sha256"].to_dict()
-    names = [name for name in a.scored if b.is_scored(name) and hashes[name] == a.rollouts["token_sha256"][name]]
-    plain_how = Treatment(mode=how.mode, clean=how.clean, centred=how.centred, smooth=1)
-    rows = []
-    if names:
-        first, second = (summarise(model, plain_how).means.loc[names] for model in (a, b))
-        for direction in [name for name in first.columns if name in second.columns]:
-            pair = pd.DataFrame({"a": first[direction], "b": second[direction]}).dropna()
-            x, y = pair["a"].to_numpy(), pair["b"].to_numpy()
-            rows.append((direction, len(x), x.mean(), y.mean(), effect_size(x, y), paired_effect_size(x, y)))
-    return pd.DataFrame(rows, columns=list(TABLE))
+    def _show(self, found: Compared) -> None:
+        table = found.table
+        self.table.value = table[table["direction"].isin(self.model.drawn(self.state.traits))]
+        read = "" if found.read == found.common else f" of {found.read} of them, evenly taken,"
+        self.words.object = (
+            f"<h2>What moved, over the responses of {found.common} rollouts that both hold</h2>"
+            "<p>Means and effect sizes are of unsmoothed scores. The cosine is that of the mean change of the "
+            f"activations,{read} as they are stored, with the trait: near 0 the models moved elsewhere.</p>"
+        )

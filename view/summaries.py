@@ -1,6 +1,6 @@
 """Many rollouts at once: each one's mean and peak, percentiles, the strongest spans, what a calibration says."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,16 @@ from project.spans import top_spans
 from view.model import Model
 from view.treatment import Treatment, treated
 
-__all__ = ["Summary", "calibration_tables", "captured", "percentiles", "sample", "strongest", "summarise"]
+__all__ = [
+    "Summary",
+    "calibration_tables",
+    "captured",
+    "evenly",
+    "percentiles",
+    "sample",
+    "strongest",
+    "summarise",
+]
 
 Float64 = NDArray[np.float64]
 SAMPLE = 200_000
@@ -45,11 +54,11 @@ def summarise(model: Model, how: Treatment, *, segment: str | None = "response")
     ----------
     model : Model
     how : Treatment
-        Smoothing and velocity are left out.
+        Smoothing is left out.
     segment : str, optional
         Only its tokens; all of a rollout that has none there.
     """
-    plain = Treatment(mode=how.mode, clean=how.clean, centred=how.centred, smooth=1)
+    plain = how.unsmoothed
     return model.keep(("summary", plain, segment), lambda: _summarise(model, plain, segment=segment))
 
 
@@ -81,9 +90,13 @@ def _mean_and_peak(values: NDArray[np.float32], inside: NDArray[np.bool_]) -> tu
 
 def sample(model: Model, *, tokens: int = SAMPLE) -> list[str]:
     """Return scored rollouts, evenly spread over the store, of at most so many tokens; all where they are fewer."""
-    names = model.scored
+    return evenly(model, model.scored, tokens=tokens)
+
+
+def evenly(model: Model, names: Sequence[str], *, tokens: int) -> list[str]:
+    """Return some of these rollouts, evenly taken, of at most so many tokens; one at least, all of fewer tokens."""
     counts = model.rollouts["n_tokens"]
-    total = int(counts.loc[names].sum()) if names else 0
+    total = int(counts.loc[list(names)].sum()) if len(names) else 0
     step = max(1, -(-total // tokens))
     kept: list[str] = []
     room = tokens
@@ -131,7 +144,7 @@ def strongest(
     peaks : Series, optional
         Each rollout's largest value, needed without `rollout`.
     """
-    plain = Treatment(mode=how.mode, clean=how.clean, centred=how.centred, smooth=1)
+    plain = how.unsmoothed
     if rollout is not None:
         return _spans(model, plain, (rollout,), direction=direction, by=by, window=window, most=most)
     if peaks is None:

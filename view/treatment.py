@@ -1,7 +1,7 @@
 """How scores are turned into what is drawn: cleaned, divided, centred, smoothed or differenced; and which lines."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -49,6 +49,11 @@ class Treatment:
                 raise MisuseError(f"{what} {value!r} is not known; choose one of {', '.join(known)}")
         if not 1 <= self.smooth <= 25:
             raise MisuseError(f"a smoothing window of {self.smooth} tokens is not between 1 and 25; give one that is")
+
+    @property
+    def unsmoothed(self) -> "Treatment":
+        """The same without smoothing, for what is a mean or a maximum already."""
+        return replace(self, smooth=1)
 
     @property
     def unit(self) -> str:

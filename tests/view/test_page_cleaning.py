@@ -129,6 +129,26 @@ def test_what_two_stores_differ_by_is_cleaned(viewer: Viewer, kept: dict[str, da
     assert len(drawn) == 12  # each choice has an effect of its own
 
 
+def test_how_far_two_stores_moved_along_a_trait(viewer: Viewer, kept: dict[str, datastore.Store]) -> None:
+    viewer.open("?store=one.zarr&view=Compare&against=Stores&rollout=g1-lie&smooth=1&mode=raw")
+    names = list(map(str, kept["one"].rollouts.index))
+    for one in directions():
+        sides = []
+        for name in ("one", "two"):
+            rows = [kept[name].select("residual", rollouts=rollout, layers=one.layer).values for rollout in names]
+            sides.append(np.array([np.asarray(row, np.float64)[20:].mean(axis=0) for row in rows]))
+        change, along = (sides[1] - sides[0]).mean(axis=0), np.asarray(one.values, np.float64)
+        cells = viewer.cells(viewer.rows(f"{one.trait}@{one.layer}"))
+        shown = until(cells.all_inner_texts, lambda texts: len(texts) == 7 and bool(texts[6]), page=viewer.page)
+        wanted = change @ along / np.linalg.norm(change) / np.linalg.norm(along)
+        assert float(shown[6]) == pytest.approx(wanted, abs=1e-4)
+        means = [(side @ along / np.linalg.norm(along)).mean() for side in sides]
+        assert [float(text.replace(",", "")) for text in shown[2:4]] == pytest.approx(means, rel=1e-3, abs=1e-3)
+    viewer.field("mood/calm").uncheck()
+    rows = viewer.rows("@")
+    assert until(rows.count, lambda count: count == 2, page=viewer.page) == 2
+
+
 def test_what_two_rollouts_differ_by_is_cleaned(viewer: Viewer, kept: dict[str, datastore.Store]) -> None:
     pair = ("g0-honest", "g0-lie")
     viewer.open("?store=one.zarr&view=Compare&rollout=g0-honest&rollout=g0-lie&smooth=1&trait=bs/lying&layer=8")

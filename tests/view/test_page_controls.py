@@ -60,6 +60,8 @@ USED = {
     "Window, tokens": SPANS,
     "In": SPANS,
     "Lag, tokens (row first)": MODEL,
+    "Correlation in": "test_correlations_of_all_rollouts_are_pooled_within_each",
+    "Rollouts shown": "test_more_rollouts_than_a_heatmap_holds_are_shown_in_parts",
     "PNG": "test_every_plot_is_saved",
     "SVG": "test_every_plot_is_saved",
     "CSV": "test_every_plot_is_saved",
@@ -200,7 +202,8 @@ def test_a_line_for_each_component(viewer: Viewer, kept: Path) -> None:
         rows = np.asarray(made.select(component, rollouts="g0-lie", layers=4).values, np.float64)
         unit = np.asarray(_of(component).values, np.float64)
         wanted[component] = rows @ (unit / np.linalg.norm(unit))
-    found = until(lambda: viewer.lines("scores"), lambda lines: len(lines) == 2, page=viewer.page)
+    read = partial(viewer.lines, "scores")
+    found = until(read, lambda lines: len(lines) == 2, page=viewer.page)
     for component, curve in wanted.items():
         (name,) = [name for name in found if component in name]
         np.testing.assert_allclose(found[name], curve, rtol=2e-4, atol=1e-5)
@@ -280,6 +283,40 @@ def test_a_plot_is_moved_reset_and_zoomed_into(viewer: Viewer) -> None:
     boxed = until(lambda: viewer.evaluate(WIDTH, "scores"), lambda found: found != whole, page=page)
     assert boxed[0] == pytest.approx(30, abs=1)
     assert boxed[1] < whole[1]
+    assert viewer.evaluate(RANGE, "scores") != [low, high]
+    tool(viewer, "Reset").click()
+    assert until(lambda: viewer.evaluate(WIDTH, "scores"), lambda found: found == whole, page=page) == whole
+    assert viewer.evaluate(RANGE, "scores") == [low, high]
+
+
+@pytest.mark.parametrize(
+    ("query", "name", "bounds"),
+    [
+        ("?view=Compare&rollout=g1-honest&rollout=g1-lie", "rollouts", [0, 71]),
+        ("?view=Compare&rollout=g1-honest&rollout=g1-lie", "difference", [0, 71]),
+        ("?section=Heatmaps", "trait-by-token", [0, 72]),
+        ("?section=Heatmaps", "layer-by-token", [0, 72]),  # so low that its tools must stand above it
+        ("?section=Correlation", "correlation-by-lag", [-10, 10]),
+    ],
+)
+def test_what_was_zoomed_into_is_whole_again(viewer: Viewer, query: str, name: str, bounds: list[float]) -> None:
+    page = viewer.open(query + "&smooth=1").page
+    assert until(partial(drawn, viewer, name), bool, page=page)
+    (left, right), (low, high) = viewer.evaluate(WIDTH, name), viewer.evaluate(RANGE, name)
+    corners = [(left + share * (right - left), low + share * (high - low)) for share in (0.3, 0.7)]
+    start, stop = (viewer.evaluate(PIXEL, [name, *corner]) for corner in corners)
+    page.mouse.move(*start)
+    tool(viewer, "Box Zoom").click()
+    page.mouse.move(*start)
+    page.mouse.down()
+    page.mouse.move(*stop, steps=6)
+    page.mouse.up()
+    inside = until(lambda: viewer.evaluate(WIDTH, name), lambda found: found != [left, right], page=page)
+    assert left < inside[0] < inside[1] < right
+    assert viewer.evaluate(RANGE, name) != [low, high]
+    tool(viewer, "Reset").click()
+    assert until(lambda: viewer.evaluate(WIDTH, name), lambda found: found == bounds, page=page) == bounds
+    assert viewer.evaluate(RANGE, name) == [low, high]
 
 
 def tool(viewer: Viewer, name: str) -> Any:
