@@ -1,39 +1,101 @@
-"""Pictures of the viewer for the documents: `python -m benchmarks.screenshots docs/images [STORE]`."""
+"""Pictures of the page for the documents: `python -m benchmarks.screenshots docs/images [STORE]`.
 
+Of the secret-number game, captured and scored as the demo does; what is shown is asked of the store: the pair that
+Compare offers first, and where it parts.
+"""
+
+import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 
+import numpy as np
 from PIL import Image
 
-from tests.view import stores
+import datastore
+from tests import house
 from tests.view.browser import Viewer, browser, running
+from view.model import Model
+from view.treatment import picked
 
-PICTURES = {
-    "compare": "?view=Compare&token=44",
-    "transcript": "?view=Transcript&rollout=g0-lie&trait=bs/lying&token=44&theme=dark",
-    "trajectories": "?view=Trajectories&rollout=g0-lie",
-    "overview": "?view=Overview",
-}
-WIDTH, HEIGHT = 1280, 1000
+GAME = "experiments/secret_number/data"
+WIDTH, MOST_HEIGHT = 1280, 1400
+COLOURS = 256
+
+
+def demo_store(path: Path) -> datastore.Store:
+    """Capture, calibrate and score the game's rollouts along its directions, by the commands of the README."""
+    steps = [
+        ["capture", "--store", path, "--experiment", GAME, "--prompt-set", "secret_number"],
+        ["calibrate", path],
+        [
+            "project",
+            path,
+            "--vectors",
+            f"{GAME}/extraction",
+            "--steering",
+            f"{GAME}/steering",
+            "--layers",
+            "best,best+1",
+        ],
+    ]
+    for step in steps:
+        subprocess.run([sys.executable, "-m", *map(str, step)], cwd=house.ROOT, check=True, stdout=subprocess.DEVNULL)
+    return datastore.open(path)
+
+
+def pictures(store: datastore.Store) -> Mapping[str, Mapping[str, Any]]:
+    """Return the addresses of the pictures: of the pair that is offered first, at the trait that moves most in it."""
+    model = Model(store)
+    label = model.labels[0]
+    best = model.pairs(label, model.reference(label)).iloc[0]
+    honest, lie, fork = str(best["a"]), str(best["b"]), int(best["fork"])
+    trait = _most_moved(model, (honest, lie), fork=fork)
+    at = {"trait": trait, "token": fork}
+    return {
+        "compare": {"view": "Compare", "rollout": [honest, lie], **at},
+        "transcript": {"view": "Transcript", "rollout": lie, **at, "theme": "dark"},
+        "trajectories": {"view": "Trajectories", "rollout": lie, **at},
+        "overview": {"view": "Overview", "rollout": lie, **at},
+    }
+
+
+def _most_moved(model: Model, pair: tuple[str, str], *, fork: int) -> str:
+    """Return the trait whose mean differs most after the fork, over its spread before it."""
+    a, b = (model.scores((name,)).score.values for name in pair)
+    moved = (b[fork:].mean(axis=0) - a[fork:].mean(axis=0)) / a[4:fork].std(axis=0)
+    first = picked(model.directions)
+    return str(model.directions["trait"].iloc[first[int(np.argmax(np.abs(moved[first])))]])
+
+
+def take(chromium: Any, address: str, query: Mapping[str, Any], *, width: int = WIDTH) -> bytes:
+    """Return a picture of the page at an address, as high as what it shows."""
+    page = chromium.new_page(viewport={"width": width, "height": 800})
+    Viewer(page, address).open("?" + urlencode(query, doseq=True))
+    page.wait_for_timeout(2500)
+    height = min(MOST_HEIGHT, int(page.evaluate("document.scrollingElement.scrollHeight")))
+    page.set_viewport_size({"width": width, "height": height})
+    page.wait_for_timeout(800)
+    found: bytes = page.screenshot()
+    page.close()
+    return found
 
 
 def main(out: Path, store: Path | None = None) -> None:
-    """Take a picture of every view, of a store or of games made for it."""
+    """Take a picture of every view, of a store or of the game captured for it."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, browser() as chromium:
-        path = store or Path(scratch) / "games.zarr"
-        if store is None:
-            stores.game_store(path)
-        with running([path]) as address:
-            for name, query in PICTURES.items():
-                page = chromium.new_page(viewport={"width": WIDTH, "height": HEIGHT})
-                Viewer(page, address).open(query)
-                page.wait_for_timeout(2500)
+        shown = demo_store(Path(scratch) / "run.zarr") if store is None else datastore.open(store)
+        with running([shown.path]) as address:
+            for name, query in pictures(shown).items():
                 target = out / f"{name}.png"
-                page.screenshot(path=str(target))
-                page.close()
-                colours = Image.open(target).convert("RGB").quantize(128)  # a third of the bytes, to the eye the same
+                target.write_bytes(take(chromium, address, query))
+                colours = (
+                    Image.open(target).convert("RGB").quantize(COLOURS)
+                )  # a third of the bytes, to the eye the same
                 colours.save(target, optimize=True)
 
 

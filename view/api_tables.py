@@ -27,7 +27,8 @@ from view.answers import (
     TokenInfo,
     Tokens,
 )
-from view.asking import CELL_BYTES, filtered
+from view.asking import CELL_BYTES, Limits, filtered
+from view.inflight import Share
 from view.request import PROBLEMS, Asked, Condition, Limited, RolloutIds, Shared, Shelved, known_rollouts
 from view.shelf import Served
 
@@ -35,6 +36,12 @@ __all__ = ["direction_infos", "router"]
 
 router = APIRouter(responses=PROBLEMS)
 
+VALUE_BYTES = 10
+"""Characters that count as one of the values of `Limits.json_values`."""
+TEXT_BYTES = 4
+"""Of memory that a character takes on its way to JSON: itself, quoted, encoded."""
+TOKEN_BYTES = 16
+"""Of memory that a token takes where prefixes are compared: its id as it was read, as it is sorted, and the sort's."""
 Labels = Annotated[list[str], Query(max_length=20, description="NAME=VALUE; repeated, all must hold.")]
 Tags = Annotated[list[str], Query(max_length=20, description="Repeated, all must be there.")]
 
@@ -112,12 +119,28 @@ def rollouts(
     prompt_set: Annotated[str | None, Query(max_length=1000)] = None,
     offset: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
+    limits: Limited,
+    share: Shared,
 ) -> Rollouts:
     """List rollouts that satisfy all of what is asked, a page at a time, in the store's order."""
     table = filtered(served.now().rollouts, where=where, labels=label, tags=tag, prompt_set=prompt_set)
     page = table.iloc[offset : offset + limit]
+    _reserve(page, limits, share, cure="ask for fewer at once with limit and offset")
     infos = [RolloutInfo(**_rollout_fields(str(name), row)) for name, row in page.iterrows()]
     return Rollouts(store=served.name, total=len(table), offset=offset, rollouts=infos)
+
+
+def _reserve(page: pd.DataFrame, limits: Limits, share: Share, *, cure: str) -> None:
+    """Refuse rows that are too much to send, and wait for room for the others; a label's text may have any length."""
+    cells, characters = page.size + len(page), sum(map(_characters, page.to_numpy(object).flat))
+    limits.check(cells + characters // VALUE_BYTES, what=f"{len(page)} rows, counted by their length,", cure=cure)
+    share.take(cells * CELL_BYTES + characters * TEXT_BYTES)
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(_characters, value)) if isinstance(value, list | tuple) else 0
 
 
 def _rollout_fields(name: str, row: "pd.Series[Any]") -> dict[str, Any]:
@@ -170,12 +193,14 @@ def tokens(
 
 
 @router.get("/rollouts/{rollout_id:path}")
-def rollout(rollout_id: str, served: Asked) -> RolloutDetail:
+def rollout(rollout_id: str, served: Asked, *, limits: Limited, share: Shared) -> RolloutDetail:
     """Return one rollout: its row, its annotations, and what is captured of it."""
     store = served.now()
     known_rollouts(store, [rollout_id])
     spans = store.annotations[store.annotations["rollout_id"] == rollout_id]
     place = store.cells.index[rollout_id]
+    for table in (store.rollouts.iloc[[place]], spans):
+        _reserve(table, limits, share, cure="read labels and annotations below /zarr instead")
     captured = {
         name: [layer for layer in store.cells.layers_of(name) if store.cells.where(name, layer)[0][place] >= 0]
         for name in store.components
@@ -194,6 +219,7 @@ def rollout(rollout_id: str, served: Asked) -> RolloutDetail:
 def calibration(
     served: Asked,
     *,
+    share: Shared,
     component: Annotated[str, Query(max_length=200)] = "residual",
     number: Annotated[int | None, Query(ge=1, description="That calibration; default the newest.")] = None,
 ) -> CalibrationInfo:
@@ -201,7 +227,9 @@ def calibration(
     from calibrate.calibration import Calibration
     from calibrate.report import summary
 
-    found = Calibration(data=served.now().calibration(component, number=number))
+    data = served.now().calibration(component, number=number)
+    share.take(data.nbytes)
+    found = Calibration(data=data)
     return CalibrationInfo(store=served.name, **summary(found))
 
 
@@ -209,6 +237,8 @@ def calibration(
 def families(
     served: Asked,
     *,
+    limits: Limited,
+    share: Shared,
     rollout: RolloutIds = None,
     least: Annotated[int | None, Query(ge=1, description="Tokens that neighbours must share.")] = None,
 ) -> Families:
@@ -219,6 +249,9 @@ def families(
     names = None if rollout is None else known_rollouts(store, rollout)
     if not len(store.cells.ids):
         raise AbsentError(f"store {served.name!r} holds no rollouts yet; capture into it first")
+    asked = range(len(store.cells.ids)) if names is None else [store.cells.index[name] for name in names]
+    limits.check(len(asked), what=f"{len(asked)} rollouts", cure="name fewer with rollout")
+    share.take(int(store.cells.counts[list(asked)].sum()) * TOKEN_BYTES + len(asked) * CELL_BYTES)
     found = found_in(store, rollouts=names, least=least)
     infos = [FamilyInfo(rollouts=list(one.rollouts), fork=one.fork) for one in found]
     return Families(store=served.name, families=infos)

@@ -14,7 +14,7 @@ from view.frame import NUMBERS, Host, View, later
 from view.group_view import Groups
 from view.plots import Lines
 from view.store_view import Stores
-from view.tables import clickable, html, plain
+from view.tables import clickable, html
 from view.trajectories import called, texts_of
 from view.treatment import Treatment, picked
 
@@ -23,11 +23,11 @@ __all__ = ["CompareView"]
 PAIRS = {"a": "a", "b": "b", "fork": "fork at", "shared": "shared", "label_a": "a is", "label_b": "b is"}
 MOVES = {
     "direction": "trait",
-    "tokens_after": "tokens after the fork",
-    "moved_at": "position",
-    "text": "token of b",
-    "difference": "difference, SD",
-    "peak": "largest, SD",
+    "tokens_after": "tokens later",
+    "moved_at": "at",
+    "text": "token",
+    "difference": "SD there",
+    "peak": "SD most",
 }
 NEAR = 12
 FAR = 70
@@ -67,14 +67,18 @@ class Pair(View):
         self.difference = Lines("difference", page.look, height=250, tapped=self._pin)
         self.difference.plot.x_range = self.curves.plot.x_range
         self.pairs = clickable(pd.DataFrame(columns=list(PAIRS)), self._choose, titles=PAIRS, page_size=6)
-        self.moves = plain(
-            pd.DataFrame(columns=list(MOVES)), titles=MOVES, numbers=("difference", "peak", "tokens_after", "moved_at")
+        self.moves = clickable(
+            pd.DataFrame(columns=list(MOVES)),
+            self._look_at,
+            titles=MOVES,
+            page_size=8,
+            numbers=("difference", "peak", "tokens_after", "moved_at"),
         )
         self.texts = html()
         self._found = pd.DataFrame(columns=list(PAIRS))
         self._heading = html()
         upper = pn.Row(
-            pn.Column(html("<h2>Pairs that share a prefix</h2>", margin=0), self.pairs, min_width=420),
+            pn.Column(html("<h2>Pairs that share a prefix</h2>", margin=0), self.pairs, width=430),
             pn.Column(self._heading, self.moves, min_width=420),
             sizing_mode="stretch_width",
         )
@@ -92,6 +96,14 @@ class Pair(View):
     def _choose(self, row: int) -> None:
         one = self._found.iloc[row]
         self.page.go(rollout=str(one["a"]), others=[str(one["b"])], token=int(one["fork"]))
+
+    def _look_at(self, row: int) -> None:
+        """Show the trait and layer of a row in the upper plot and in the text, where it moved."""
+        table = self.model.directions.set_index("direction")
+        one = self.moves.value.iloc[row]
+        at = {} if pd.isna(one["moved_at"]) else {"token": int(one["moved_at"])}
+        direction = table.loc[one["direction"]]
+        self.page.go(trait=str(direction["trait"]), layer=str(direction["layer"]), **at)
 
     def update(self, changed: frozenset[str]) -> None:
         """Find the pairs when they are asked for first; draw those that are compared."""
@@ -143,6 +155,7 @@ class Pair(View):
         self.difference.draw(x, changes, texts=texts, shown=shown)
         for plot in (self.curves, self.difference):
             plot.show_fork(fork - 0.5)
+            plot.fit_height()
         self._show_moves(names)
         self.texts.object = _side_by_side(model, names[:2], fork=fork)
 
@@ -176,7 +189,10 @@ class Pair(View):
             said = (
                 f"{first['direction']} moves first, {int(first['tokens_after'])} tokens later, beyond {threshold:g} SD"
             )
-        self._heading.object = f"<h2>They part at token {model.fork(two)}; {escape(said)}</h2>"
+        self._heading.object = (
+            f"<h2>They part at token {model.fork(two)}; {escape(said)}</h2>"
+            "<p>A click on a row shows that trait below, where it moved.</p>"
+        )
 
 
 def _around(fork: int, length: int) -> tuple[int, int]:

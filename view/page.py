@@ -231,7 +231,9 @@ class Page:
 
     def panel(self) -> pn.Column:
         """The whole page."""
-        main = pn.Column(self.notice, self._main, self.text, sizing_mode="stretch_width", min_width=600)
+        main = pn.Column(
+            self.notice, self._main, self.text, sizing_mode="stretch_width", min_width=600, margin=(0, 14, 0, 0)
+        )
         body = pn.Row(self.controls.sidebar, main, sizing_mode="stretch_width")
         return pn.Column(
             self.controls.header,

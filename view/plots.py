@@ -347,6 +347,19 @@ class Lines(_Plot):
         self.plot.x_range.update(start=start, end=end)
         self._send(start, end)
 
+    def fit_height(self) -> None:
+        """Give the y axis the range of what is shown of x; the reset button shows all."""
+        bounds = (float(self.plot.x_range.start), float(self.plot.x_range.end))
+        first, stop = (int(place) for place in np.searchsorted(self._x, bounds, side="left"))
+        seen = [
+            one[max(first, SINK if len(self._x) and self._x[0] == 0 else 0) : stop + 1]
+            for curve in self._curves.values()
+            for one in curve
+        ]
+        if seen and len(seen[0]):
+            low, high = robust_range(np.stack(seen, axis=1), skip=0)
+            self.plot.y_range.update(start=low, end=high)
+
     def show_bands(self, bands: Sequence[tuple[float, float, str, float, str]]) -> None:
         """Shade ranges of x: (from, to, colour, opacity, label)."""
         columns: list[Any] = list(zip(*bands, strict=True)) if bands else [[]] * 5

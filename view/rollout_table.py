@@ -24,14 +24,26 @@ SPANS = {"rollout": "rollout", "start": "from", "stop": "to", "mean": "mean", "t
 
 
 def rollout_rows(table: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
-    """Return what the table shows of every rollout: rollout, set, tokens, tags, labels."""
+    """Return what the table shows of every rollout: rollout, tokens, the first label; set, tags, other labels."""
     shown = pd.DataFrame({"rollout": [str(name) for name in table.index]})
-    shown["prompt_set"] = table["prompt_set"].astype(str).to_numpy()
     shown["n_tokens"] = table["n_tokens"].to_numpy()
+    names = [name for name in labels if name != "prompt_set"][:MOST_LABELS]
+    columns = {name: [value if pd.notna(value) else "" for value in table[name]] for name in names}
+    for label in names[:1]:
+        shown[label] = columns[label]
+    shown["prompt_set"] = table["prompt_set"].astype(str).to_numpy()
     shown["tags"] = [", ".join(map(str, tags)) for tags in table["tags"]]
-    for label in [name for name in labels if name != "prompt_set"][:MOST_LABELS]:
-        shown[label] = [value if pd.notna(value) else "" for value in table[label]]
+    for label in names[1:]:
+        shown[label] = columns[label]
     return shown
+
+
+def _short(direction: str, traits: list[str]) -> str:
+    """Leave a trait's category out, where its name is no other trait's as well."""
+    trait = next((one for one in traits if direction.startswith(f"{one}@")), "")
+    name = trait.rpartition("/")[2]
+    alone = [one.rpartition("/")[2] for one in traits].count(name) == 1
+    return name + direction.removeprefix(trait) if trait and alone else direction
 
 
 class RolloutTable(View):
@@ -73,16 +85,19 @@ class RolloutTable(View):
         model = self.model
         rows = rollout_rows(model.rollouts, model.labels)
         formatters: dict[str, Any] = {}
+        titles = dict(self._titles)
         if self._summary is not None:
             means, peaks = (side.reindex(rows["rollout"]) for side in (self._summary.means, self._summary.peaks))
             for j in picked(model.directions, traits=self.state.traits, layer=self.state.layer_number)[:MOST_TRAITS]:
                 direction = str(model.directions["direction"].iloc[j])
                 for what, side in (("mean", means), ("peak", peaks)):
                     column = f"{direction} {what}"
-                    rows[column] = side[direction].to_numpy()
-                    scale = float(np.nanmax(np.abs(rows[column]), initial=0.0)) or 1.0
+                    values = side[direction].to_numpy()
+                    rows.insert(list(rows).index("prompt_set"), column, values)  # before what is rarely looked for
+                    scale = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+                    titles[column] = f"{_short(direction, model.traits)} {what}"
                     formatters[column] = HTMLTemplateFormatter(template=BAR.format(scale=scale))
-        self.table.param.update(value=rows, formatters=formatters)
+        self.table.param.update(value=rows, formatters=formatters, titles=titles)
         self.note.object = self._said(len(rows))
 
     def _said(self, count: int) -> str:

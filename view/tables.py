@@ -11,7 +11,8 @@ from bokeh.models import NumberFormatter
 __all__ = ["clickable", "html", "plain"]
 
 PAGE = 15
-RING = """.tabulator .tabulator-tableholder:focus-visible, .tabulator .tabulator-row:focus-visible {
+RING = """.tabulator { font-size: 13px; }
+.tabulator .tabulator-tableholder:focus-visible, .tabulator .tabulator-row:focus-visible {
   outline: 2px solid #1f6feb !important; outline-offset: -2px; }"""
 
 
@@ -56,6 +57,7 @@ def plain(table: pd.DataFrame, *, titles: Mapping[str, str], **more: Any) -> pn.
         "theme": "simple",
         "sizing_mode": "stretch_width",
         "stylesheets": [RING],
-        "configuration": {"columnDefaults": {"headerSort": True}},
+        # what comes before a table is built is no fault here: static/browser.js keeps it until then
+        "configuration": {"columnDefaults": {"headerSort": True}, "debugInitialization": False},
     }
     return pn.widgets.Tabulator(table, titles=dict(titles), **{**settings, **more})

@@ -19,8 +19,6 @@ from tests import house
 __all__ = ["Viewer", "browser", "click_plot", "running", "same", "until", "visiting"]
 
 T = TypeVar("T")
-UNDONE = "reading 'firstChild'"
-"""Tabulator's own complaint where a table is taken away while it is laid out, as by clicks in quick succession."""
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
     "--no-sandbox",
@@ -87,7 +85,7 @@ class Viewer:
         self.errors: list[str] = []
         self.foreign: list[str] = []
         page.on("console", self._heard)
-        page.on("pageerror", lambda one: self.errors.append(str(one)) if UNDONE not in str(one) else None)
+        page.on("pageerror", lambda one: self.errors.append(str(one)))
         page.on("request", lambda one: self._asked(one.url))
 
     def _asked(self, url: str) -> None:
@@ -125,8 +123,8 @@ class Viewer:
         return self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first
 
     def _heard(self, one: Any) -> None:
-        """Keep errors and warnings, but for Panel's table, which is told of its columns before it is drawn."""
-        if one.type in ("error", "warning") and not one.text.startswith("Table Not Initialized"):
+        """Keep errors and warnings, whoever complains."""
+        if one.type in ("error", "warning"):
             self.errors.append(one.text)
 
     def rows(self, text: str | None = None) -> Any:
@@ -135,8 +133,8 @@ class Viewer:
         return rows if text is None else rows.filter(has_text=text)
 
     def cells(self, row: Any) -> Any:
-        """The cells of a row, without its number."""
-        return row.locator(".tabulator-cell:not([tabulator-field=_index])")
+        """The cells of a row, without its number and the empty one that Panel puts last."""
+        return row.locator(".tabulator-cell[tabulator-field]:not([tabulator-field=_index])")
 
     def colour(self, token: int) -> str:
         """The background of a token of the text."""

@@ -15,10 +15,12 @@ import uvicorn
 from numpy.typing import NDArray
 
 import datastore
+from datastore.labels import add_labels
 from datastore.schema import Rollout
 from tests.view import stores
 from tests.view.browser import until
 from view.api import create_app
+from view.asking import Limits
 from view.formats import NPY
 from view.inflight import Budget, BusyError
 
@@ -41,10 +43,10 @@ def rows() -> NDArray[np.float32]:
 
 
 @contextlib.contextmanager
-def serving(store: datastore.Store, budget: Budget) -> Iterator[int]:
+def serving(store: datastore.Store, budget: Budget, *, limits: Limits | None = None) -> Iterator[int]:
     """A server with this budget, on a port of its own."""
     bound = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app([store], budget=budget), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(create_app([store], budget=budget, limits=limits), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     try:
@@ -110,6 +112,42 @@ def test_a_reader_that_goes_away_frees_its_room(store: datastore.Store) -> None:
             gone.close()
             del gone
             assert waiting.result()[0] == 200
+
+
+LONG = 400_000
+"""Characters of a label's text."""
+
+
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory: pytest.TempPathFactory) -> datastore.Store:
+    """Games of which each has a text of 400,000 characters."""
+    made = stores.game_store(tmp_path_factory.mktemp("wordy") / "run.zarr", pairs=2)
+    add_labels(made.path, {str(name): {"essay": "x" * LONG} for name in made.rollouts.index})
+    return datastore.open(made.path)
+
+
+@pytest.mark.parametrize(
+    ("path", "least"),
+    [("/rollouts", 4 * LONG), ("/rollouts/g0-lie", LONG), ("/families", 4 * 72 * 4), ("/calibration", 3 * 4 * 32)],
+)
+def test_what_answers_from_tables_has_its_share_too(wordy: datastore.Store, path: str, least: int) -> None:
+    budget = Budget(2**30)
+    with serving(wordy, budget) as port:
+        status, _, body = answered(port, path)
+        assert (status, budget.peak) == (200, max(budget.peak, least))
+        assert budget.peak >= len(body) * (path != "/calibration")  # of a calibration what is read is more
+        assert until(lambda: budget.used, lambda used: used == 0) == 0
+
+
+def test_rows_of_too_much_text_are_refused(wordy: datastore.Store) -> None:
+    with serving(wordy, Budget(), limits=Limits(json_values=100_000)) as port:
+        status, _, body = answered(port, "/rollouts")
+        assert status == 413
+        said = json.loads(body)["detail"]
+        assert said.startswith("4 rows, counted by their length, are 160,")
+        assert "so nothing was read; ask for fewer at once with limit and offset" in said
+        status, _, body = answered(port, "/rollouts?limit=2&offset=2")
+        assert (status, [len(one["labels"]["essay"]) for one in json.loads(body)["rollouts"]]) == (200, [LONG, LONG])
 
 
 def test_no_more_wait_than_may() -> None:

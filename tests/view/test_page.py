@@ -141,6 +141,20 @@ def near(found: str, wanted: str) -> bool:
     return abs(first - second) < 0.006 and (a == b or second < 0.006)
 
 
+@pytest.mark.parametrize("query", ["?view=Transcript&token=70", "?view=Trajectories&token=70", "?token=70"])
+def test_the_pinned_token_is_in_sight(viewer: Viewer, query: str) -> None:
+    viewer.page.set_viewport_size({"width": 1280, "height": 500})
+    viewer.open(f"{query}&rollout=g0-lie")
+    seen = """() => { let found = null;
+      const look = (root) => { found ??= root.querySelector(".t.pinned");
+        for (const one of root.querySelectorAll("*")) if (one.shadowRoot) look(one.shadowRoot); };
+      look(document);
+      const [mine, box] = [found, found.closest(".words")].map((one) => one.getBoundingClientRect());
+      return box.height > 0 && mine.top >= box.top && mine.bottom <= box.bottom; }"""
+    viewer.page.locator(".t.pinned").wait_for(state="attached")
+    assert until(lambda: viewer.evaluate(seen), bool, page=viewer.page)
+
+
 def test_the_text_is_all_there_with_its_blocks_and_spans(viewer: Viewer, store: datastore.Store) -> None:
     viewer.open("?view=Transcript&rollout=g0-lie")
     words = viewer.page.locator(".t").all_text_contents()
@@ -263,6 +277,21 @@ def test_a_pair_is_offered_and_compared(viewer: Viewer, store: datastore.Store) 
     assert found == names
 
 
+def test_a_click_on_a_trait_shows_it_where_it_moved(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Compare&rollout=g2-honest&rollout=g2-lie&trait=bs/lying&smooth=1")
+    moved = viewer.cells(viewer.rows("bs/evasion@4"))
+    at = int(moved.nth(2).inner_text())
+    assert at - stores.FORK in (8, 9, 10)
+    moved.first.click()
+    address = until(lambda: viewer.page.evaluate("location.search"), lambda q: f"token={at}" in q, page=viewer.page)
+    assert "trait=bs%2Fevasion" in address or viewer.field("Trait").input_value() == "bs/evasion"
+    curves = [oracle.drawn(store, name, "bs/evasion@4", smooth=1) for name in ("g2-honest", "g2-lie")]
+    same(viewer, "rollouts", {"g2-honest (honest)": curves[0], "g2-lie (fabrication)": curves[1]})
+    seen = np.concatenate([curve[stores.FORK - 32 :] for curve in curves])  # what is shown, and so what has the height
+    wanted = (seen.min() - 0.15 * np.ptp(seen), seen.max() + 0.15 * np.ptp(seen))
+    assert tuple(viewer.evaluate(RANGE, "rollouts")) == pytest.approx(wanted, rel=1e-3)
+
+
 def test_groups_with_bands_and_effect_sizes(viewer: Viewer, store: datastore.Store) -> None:
     viewer.open("?view=Compare&against=Groups&trait=bs/lying&smooth=1")
     page = viewer.page
@@ -324,9 +353,9 @@ def test_the_table_of_rollouts(viewer: Viewer, store: datastore.Store) -> None:
     ids_shown = page.locator(".tabulator-cell[tabulator-field=rollout]:visible")
     mean = oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=1)[20:].mean()
     text = until(lambda: row.all_inner_texts(), lambda cells: len(cells) == 8, page=page)
-    assert text[:6] == ["g1-lie", "single_turn", "72", "audit", "fabrication", "1"]
-    assert float(text[6]) == pytest.approx(mean, rel=6e-3)
-    page.get_by_role("columnheader", name="bs/lying@4 mean").locator(".tabulator-col-sorter").click()
+    assert text[:3] + text[5:] == ["g1-lie", "72", "fabrication", "single_turn", "audit", "1"]
+    assert float(text[3]) == pytest.approx(mean, rel=6e-3)
+    page.get_by_role("columnheader", name="lying@4 mean").locator(".tabulator-col-sorter").click()
     ids = until(
         lambda: ids_shown.all_inner_texts(),
         lambda t: t[:1] != ["g0-honest"],

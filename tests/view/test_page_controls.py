@@ -284,6 +284,9 @@ def test_a_plot_is_moved_reset_and_zoomed_into(viewer: Viewer) -> None:
     assert boxed[0] == pytest.approx(30, abs=1)
     assert boxed[1] < whole[1]
     assert viewer.evaluate(RANGE, "scores") != [low, high]
+    page.wait_for_timeout(
+        400
+    )  # two clicks of one button within 0.3 s are a double click to Bokeh, which resets nothing
     tool(viewer, "Reset").click()
     assert until(lambda: viewer.evaluate(WIDTH, "scores"), lambda found: found == whole, page=page) == whole
     assert viewer.evaluate(RANGE, "scores") == [low, high]
@@ -350,6 +353,22 @@ def test_a_click_in_any_curve_pins_its_token(viewer: Viewer, view: str, figure: 
     click_plot(viewer, figure, 47, (low + high) / 2)
     viewer.page.locator(".t.pinned[data-i='47']").wait_for()
     assert until(lambda: viewer.marks(figure).get("cursor"), lambda at: at == 47, page=viewer.page) == 47
+
+
+def test_columns_that_come_while_a_table_is_built_are_shown(viewer: Viewer) -> None:
+    viewer.open()
+    until(viewer.rows().count, bool, page=viewer.page)  # the page's own part in the browser is there
+    script = """async () => {
+      const box = document.body.appendChild(document.createElement("div"));
+      const columns = ["a", "b"].map((field) => ({ title: field, field }));
+      const table = new Tabulator(box, { data: [{ a: 1, b: 2 }], columns: [columns[0]], debugInitialization: false });
+      const early = !table.initialized;
+      table.setColumns(columns);
+      await new Promise((built) => table.on("tableBuilt", built));
+      const found = table.getColumns().map((one) => one.getField());
+      box.remove();
+      return [early, ...found]; }"""
+    assert viewer.evaluate(script) == [True, "a", "b"]
 
 
 # -- the overview ----------------------------------------------------------------------------------------------------

@@ -67,7 +67,21 @@ function nameAll(root) {
   for (const one of root.querySelectorAll("*")) if (one.shadowRoot) nameAll(one.shadowRoot);
 }
 
+// Panel hands a table its new columns at once, also while Tabulator still builds it, which then fails and keeps the old
+// ones: they wait until it is built. (Its number of pages needs no such help: Panel gives it again.)
+function mendTables() {
+  const kind = window.Tabulator?.prototype;
+  if (!kind || kind.columnsWait) return;
+  kind.columnsWait = true;
+  const setColumns = kind.setColumns;
+  kind.setColumns = function (...given) {
+    if (this.initialized) return setColumns.apply(this, given);
+    this.on("tableBuilt", () => setColumns.apply(this, given));
+  };
+}
+
 export function render({ model }) {
+  mendTables();
   const write = () => {
     if (model.address && model.query && model.query !== location.search) {
       const how = isStep(model.query) ? "pushState" : "replaceState";
@@ -80,7 +94,10 @@ export function render({ model }) {
   write();
   model.on("query", write);
   window.addEventListener("popstate", back);
-  const naming = setInterval(() => requestAnimationFrame(() => nameAll(document)), NAMING_MS);
+  const naming = setInterval(() => {
+    mendTables(); // in a notebook they may come later
+    requestAnimationFrame(() => nameAll(document));
+  }, NAMING_MS);
   model.on("remove", () => {
     window.removeEventListener("popstate", back);
     clearInterval(naming);

@@ -280,12 +280,14 @@ class Transcript {
     this.describe(this.model.pinned);
   }
 
-  reveal(span) {
+  // Scroll to a token; again while the text is not laid out yet, or blocks on the way turn out to be of another height.
+  reveal(span, frames = 60) {
+    if (span !== this.pinnedSpan || !frames) return;
     const box = this.words.getBoundingClientRect();
     const mine = span.getBoundingClientRect();
-    if (mine.top < box.top || mine.bottom > box.bottom) {
-      this.words.scrollTop += mine.top - box.top - box.height / 2;
-    }
+    if (box.height && mine.height && mine.top >= box.top && mine.bottom <= box.bottom) return;
+    if (box.height) this.words.scrollTop += mine.top - box.top - box.height / 2;
+    requestAnimationFrame(() => this.reveal(span, frames - 1));
   }
 
   pressed(event) {
