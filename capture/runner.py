@@ -222,7 +222,10 @@ def carry_out(
     _refuse_full_disk(Path(store), plans)
     for plan in plans:
         began, loading = time.monotonic(), loaded.seconds
-        with _as_begun(plan, environment, store), datastore.create(store, plan, part=part, memory=memory) as writer:
+        with (
+            _as_begun(plan, environment, store),
+            datastore.create(store, plan, part=part, memory=memory, threads=_writing_threads()) as writer,
+        ):
             _Filling(writer=writer, store=Path(store), done=done, strict=strict, tick=tick).fill(loaded)
             number = writer.commit()
         if number is None:
@@ -250,6 +253,11 @@ class _Loaded:
             self._found = self._source()
             self.seconds = time.monotonic() - began
         return self._found
+
+
+def _writing_threads() -> int | None:
+    """Two thirds of the CPUs beside a GPU: with all of them writing, the thread that keeps it busy gets no turn."""
+    return -(-2 * len(os.sched_getaffinity(0)) // 3) if torch.cuda.is_available() else None
 
 
 def expected_bytes(plan: Plan) -> int:

@@ -1,8 +1,8 @@
 """Rows on their way from a GPU to the writer: two pinned slabs of host memory, a copy stream, one thread.
 
 While one batch computes, the rows of the one before are copied, handed on, compressed and written. With both slabs
-taken the next batch waits: that is all the memory there is. A slab is filled again as soon as its rows were handed on, so
-whoever takes them must copy them.
+taken the next batch waits: that is all the memory there is. A slab is filled again as soon as its rows were handed on,
+so whoever takes them must copy them.
 """
 
 import queue

@@ -69,8 +69,9 @@ def disk_error(error: OSError, path: Path, n_bytes: int) -> DatastoreError:
     """Return what is to be said when `n_bytes` are still to write and the system failed a call on a file of `path`."""
     full = error.errno in _NO_ROOM
     done, cure = ("written", "make room and") if full else ("read or written", "once the disk is well")
+    named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     return DatastoreError(
-        f"{error.filename or path} could not be {done} ({error.strerror or error}): {n_bytes:,} bytes before "
+        f"{named or path} could not be {done} ({error.strerror or error}): {n_bytes:,} bytes before "
         f"compression are still to write and {free_bytes(path):,} are free; what is finished is kept, {cure} run the "
         "same command again to go on"
     )

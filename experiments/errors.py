@@ -1,6 +1,7 @@
 """The one exception of the files around a store."""
 
 import errno
+import os
 
 
 class ExperimentError(Exception):
@@ -15,6 +16,8 @@ class ExperimentError(Exception):
     @property
     def exit_code(self) -> int:
         cause = self.__cause__
-        while isinstance(cause, ExperimentError):
+        while cause is not None:
+            if getattr(cause, "errno", None) == errno.EIO or os.strerror(errno.EIO) in str(cause):
+                return 1  # some libraries keep of it the words only
             cause = cause.__cause__
-        return 1 if isinstance(cause, OSError) and cause.errno == errno.EIO else 2
+        return 2

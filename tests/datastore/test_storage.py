@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -169,3 +171,9 @@ def test_a_store_on_another_file_system_than_its_plans(tmp_path: Path) -> None:
 
 def test_room_is_asked_of_the_nearest_directory_that_is_there(tmp_path: Path) -> None:
     assert storage.free_bytes(tmp_path / "a" / "b") > 0
+
+
+def test_a_rename_that_failed_is_named_with_both_its_ends(tmp_path: Path) -> None:
+    error = OSError(errno.EIO, os.strerror(errno.EIO), str(tmp_path / "a"), None, str(tmp_path / "b"))
+    said = str(storage.disk_error(error, tmp_path, 7))
+    assert said.startswith(f"{tmp_path / 'a'} -> {tmp_path / 'b'} could not be read or written (Input/output error): 7")

@@ -235,3 +235,13 @@ def test_a_disk_that_can_not_read_a_file_is_no_misuse(tmp_path: Path, monkeypatc
     with pytest.raises(ExperimentError, match=r"x\.json can't be read \(Input/output error\); copy it") as refused:
         read_labels(path)
     assert (refused.value.exit_code, ExperimentError("x").exit_code) == (1, 2)
+
+
+def test_so_it_is_however_deep_below_and_whatever_is_left_of_it() -> None:
+    """An importer wraps what a reader wrapped; torch says it in words only."""
+    for cause in (OSError(errno.EIO, "x"), RuntimeError(f"unable to open: {os.strerror(errno.EIO)} (5)")):
+        middle, outer = ValueError("x can't be read"), ExperimentError("x can't be read")
+        middle.__cause__, outer.__cause__ = cause, middle
+        assert outer.exit_code == 1
+    outer.__cause__ = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    assert outer.exit_code == 2
