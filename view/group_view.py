@@ -18,10 +18,10 @@ __all__ = ["Groups"]
 
 EFFECTS = {
     "direction": "trait",
-    "n_reference": "n of the reference",
-    "n_other": "n of the others",
-    "mean_reference": "mean of the reference",
-    "mean_other": "mean of the others",
+    "n_reference": "n ref.",
+    "n_other": "n others",
+    "mean_reference": "mean ref.",
+    "mean_other": "mean others",
     "difference": "difference",
     "low": "95 % from",
     "high": "to",

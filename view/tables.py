@@ -11,7 +11,14 @@ from bokeh.models import NumberFormatter
 __all__ = ["clickable", "html", "plain"]
 
 PAGE = 15
-RING = """.tabulator { font-size: 13px; }
+STYLE = """
+.tabulator { font-size: 13px !important; }
+.tabulator, .tabulator .tabulator-header, .tabulator .tabulator-header .tabulator-col, .tabulator .tabulator-row,
+.tabulator .tabulator-tableholder .tabulator-table, .tabulator .tabulator-footer, .tabulator .tabulator-page,
+.tabulator .tabulator-header input { background-color: var(--page, #ffffff) !important;
+  color: var(--page-ink, #1a1a1a) !important; }
+.tabulator .tabulator-page.active { font-weight: 700; text-decoration: underline; }
+.tabulator .tabulator-row:hover { background-color: color-mix(in srgb, var(--page, #ffffff), #8a8a8a 25%) !important; }
 .tabulator .tabulator-tableholder:focus-visible, .tabulator .tabulator-row:focus-visible {
   outline: 2px solid #1f6feb !important; outline-offset: -2px; }"""
 
@@ -56,7 +63,7 @@ def plain(table: pd.DataFrame, *, titles: Mapping[str, str], **more: Any) -> pn.
         "layout": "fit_data_table",
         "theme": "simple",
         "sizing_mode": "stretch_width",
-        "stylesheets": [RING],
+        "stylesheets": [STYLE],
         # what comes before a table is built is no fault here: static/browser.js keeps it until then
         "configuration": {"columnDefaults": {"headerSort": True}, "debugInitialization": False},
     }

@@ -481,12 +481,25 @@ def test_dark_and_light(viewer: Viewer) -> None:
     viewer.page.locator(".t").first.wait_for()
     assert viewer.page.evaluate(paper) == "rgb(27, 30, 35)"
     assert viewer.field("Rollout").input_value() == "g1-lie"
+    viewer.button("Compare").click()
+    cell = viewer.cells(viewer.rows("g2-lie")).first
+    assert cell.evaluate("(one) => getComputedStyle(one.parentElement).backgroundColor") == "rgb(27, 30, 35)"
     viewer.button("Light").click()
     viewer.button("Dark").wait_for()
     assert viewer.page.evaluate(paper) == "rgb(255, 255, 255)"
 
 
-@pytest.mark.parametrize("query", ["?", "?view=Transcript&token=45&theme=dark", "?view=Trajectories", "?view=Compare"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "?",
+        "?theme=dark",
+        "?view=Transcript&token=45&theme=dark",
+        "?view=Trajectories",
+        "?view=Compare",
+        "?view=Compare&theme=dark",
+    ],
+)
 def test_no_serious_barrier(viewer: Viewer, query: str) -> None:
     viewer.open(query)
     assert until(viewer.violations, lambda found: not found, page=viewer.page) == []

@@ -258,7 +258,8 @@ class Transcript {
       const value = values[j * tokens + at];
       const row = body.insertRow();
       if (j === this.model.column) row.className = "chosen";
-      row.insertCell().textContent = label;
+      const parts = label.split(/(?<=\/)/); // a long one is broken after its category
+      row.insertCell().append(...parts.flatMap((part, i) => (i ? [made("wbr"), part] : [part])));
       const cell = row.insertCell();
       cell.textContent = shown(value);
       cell.style.backgroundColor = shade(value - centres[j], scales[j]);
