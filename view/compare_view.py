@@ -26,8 +26,8 @@ MOVES = {
     "tokens_after": "tokens later",
     "moved_at": "at",
     "text": "token",
-    "difference": "SD there",
-    "peak": "SD most",
+    "difference": "SD",
+    "peak": "SD max",
 }
 NEAR = 12
 FAR = 70
@@ -78,7 +78,7 @@ class Pair(View):
         self._found = pd.DataFrame(columns=list(PAIRS))
         self._heading = html()
         upper = pn.Row(
-            pn.Column(html("<h2>Pairs that share a prefix</h2>", margin=0), self.pairs, width=430),
+            pn.Column(html("<h2>Pairs that share a prefix</h2>", margin=0), self.pairs, width=410),
             pn.Column(self._heading, self.moves, min_width=420),
             sizing_mode="stretch_width",
         )

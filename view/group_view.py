@@ -22,10 +22,10 @@ EFFECTS = {
     "n_other": "n others",
     "mean_reference": "mean ref.",
     "mean_other": "mean others",
-    "difference": "difference",
+    "difference": "change",
     "low": "95 % from",
     "high": "to",
-    "effect_size": "effect size d",
+    "effect_size": "effect d",
     "auroc": "AUROC",
 }
 

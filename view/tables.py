@@ -17,6 +17,9 @@ STYLE = """
 .tabulator .tabulator-tableholder .tabulator-table, .tabulator .tabulator-footer, .tabulator .tabulator-page,
 .tabulator .tabulator-header input { background-color: var(--page, #ffffff) !important;
   color: var(--page-ink, #1a1a1a) !important; }
+.tabulator .tabulator-header, .tabulator .tabulator-col, .tabulator .tabulator-row, .tabulator .tabulator-cell,
+.tabulator .tabulator-header input, .tabulator .tabulator-footer {
+  border-color: color-mix(in srgb, var(--page-ink, #1a1a1a), transparent 80%) !important; }
 .tabulator .tabulator-page.active { font-weight: 700; text-decoration: underline; }
 .tabulator .tabulator-row:hover { background-color: color-mix(in srgb, var(--page, #ffffff), #8a8a8a 25%) !important; }
 .tabulator .tabulator-tableholder:focus-visible, .tabulator .tabulator-row:focus-visible {
