@@ -78,7 +78,7 @@ class Pair(View):
         self._found = pd.DataFrame(columns=list(PAIRS))
         self._heading = html()
         upper = pn.Row(
-            pn.Column(html("<h2>Pairs that share a prefix</h2>", margin=0), self.pairs, width=410),
+            pn.Column(html("<h2>Pairs that share a prefix</h2>", margin=0), self.pairs, width=418),
             pn.Column(self._heading, self.moves, min_width=420),
             sizing_mode="stretch_width",
         )
