@@ -176,5 +176,17 @@ def named(path: Path) -> Iterator[None]:
     except ExperimentError:
         raise
     except (MemoryError, Exception) as error:  # each library raises its own kinds for a damaged file
-        first = " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())[:160]
-        raise ExperimentError(f"{path} can't be read ({first}); copy it again or leave it out") from error
+        cause = _disk_error(path) or error
+        first = " ".join((str(cause).strip().splitlines() or [type(cause).__name__])[0].split())[:160]
+        raise ExperimentError(f"{path} can't be read ({first}); copy it again or leave it out") from cause
+
+
+def _disk_error(path: Path) -> OSError | None:
+    """Return what the disk says of a file that a library found damaged: zipfile takes EIO for "not a zip file"."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-min(22, path.stat().st_size), os.SEEK_END)
+            file.read()
+    except OSError as error:
+        return error
+    return None

@@ -6,6 +6,7 @@ Random JSON seldom gets past the first check of a reader; a file that is right b
 import errno
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import experiments
 from experiments.annotations import read_annotations
 from experiments.errors import ExperimentError
 from experiments.labelfile import read_labels
+from experiments.rawfile import named
 from experiments.reading import read_tags
 from experiments.steering import find_steering, read_naturalness, read_steering
 from experiments.tree import Experiment, read_classifications
@@ -245,3 +247,16 @@ def test_so_it_is_however_deep_below_and_whatever_is_left_of_it() -> None:
         assert outer.exit_code == 1
     outer.__cause__ = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     assert outer.exit_code == 2
+
+
+def test_a_library_that_takes_it_for_damage_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = written(tmp_path / "x.pt", {})
+    for patched, said, code in ((False, "File is not a zip file", 2), (True, "Input/output error", 1)):
+        if patched:
+            monkeypatch.setattr(Path, "open", broken)
+        with pytest.raises(ExperimentError, match=said) as refused, named(path):
+            raise zipfile.BadZipFile("File is not a zip file")
+        assert refused.value.exit_code == code
