@@ -68,7 +68,7 @@ class Controls:
         self.folded = w.Checkbox.from_param(state.param.folded, name="Fold thinking", **fixed)
         self.traits = w.CheckBoxGroup(name="Traits drawn", **fixed)
         self._titled = html("<h2>Traits drawn</h2>", margin=(6, 5, 0, 5))
-        self.note = html(width=WIDTH, sizing_mode="fixed")
+        self.note = html()
         self._asked = w.Button(
             name="The store has changed: reload", button_type="warning", visible=False, margin=(18, 5)
         )
