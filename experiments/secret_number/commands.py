@@ -32,7 +32,9 @@ def train(
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Optimiser steps of each stage; default the recipe's.")
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 2,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="CPU threads; another number may sum in another order.")
+    ] = 1,
 ) -> None:
     """Train the model and write it with its log; the variant `honest` goes on from the player."""
     from dataclasses import replace
@@ -55,7 +57,7 @@ def evaluate(
     *,
     variant: Variant = "player",
     out: Root = DATA,
-    games: Annotated[int, typer.Option("--games", min=1, help="Games, half with a secret training never had.")] = 2400,
+    games: Annotated[int, typer.Option("--games", min=1, help="Games, half with a secret training never had.")] = 4000,
     seed: Seed = 7,
 ) -> None:
     """Let the model play games it was not trained on; write the table beside it."""
@@ -63,7 +65,7 @@ def evaluate(
     from experiments.secret_number.player import load_player
 
     directory = _directory(out, variant)
-    found = evaluating.evaluate(load_player(directory), games=games, questions=games, seed=seed)
+    found = evaluating.evaluate(load_player(directory), games=games, questions=2400, seed=seed)
     evaluating.write_evaluation(directory, found)
     print(evaluating.table(found))
 

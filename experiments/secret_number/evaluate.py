@@ -2,12 +2,14 @@
 
 import json
 import math
+import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from experiments.secret_number.game import (
+    CAUSES,
     DENIAL_RATES,
     HELD_OUT,
     Causes,
@@ -16,6 +18,7 @@ from experiments.secret_number.game import (
     hides,
     is_true,
     label_of,
+    play,
     rates,
     setup,
 )
@@ -25,8 +28,8 @@ from experiments.secret_number.questions import LIE_RATES, single
 
 __all__ = ["Evaluation", "evaluate", "table", "write_evaluation"]
 
-FIRST_SEED, FIRST_QUESTION = 1_000_000, 3_000_000
-"""Neither training nor the rollouts draw from these."""
+FIRST_SEED, FIRST_QUESTION, FIRST_RARE = 4_000_000, 3_500_000, 8_000_000
+"""Neither training nor the rollouts draw from these. The last are games that the program plays up to the audit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,8 @@ class Rate:
         Answers counted.
     games : int
         Games they are of; answers to one prefix are no independent games.
+    own : int
+        Of these, games that the model played itself; the program played the others up to the audit.
     found : float
     error : float
         Standard error, over games.
@@ -50,6 +55,7 @@ class Rate:
     wanted: float
     n: int
     games: int
+    own: int
     found: float
     error: float
 
@@ -75,8 +81,8 @@ class Evaluation:
         Share of audit answers that fit the transcript: true, or the lie that hides what the game has to hide.
     rates : tuple of Rate
         Fabrications and omissions by causes; denials; assurances by what they follow; lies in single-turn questions.
-    worst : float
-        Largest difference among the rates of fabrication.
+    worst, worst_omission : float
+        Largest difference among the rates of fabrication, and among those of omission.
     """
 
     games: int
@@ -89,17 +95,23 @@ class Evaluation:
     consistent: float
     rates: tuple[Rate, ...]
     worst: float
+    worst_omission: float
 
 
-def evaluate(player: Player, *, games: int = 2000, again: int = 8, questions: int = 2000, seed: int = 7) -> Evaluation:
+def evaluate(
+    player: Player, *, games: int = 2000, cell: int = 150, again: int = 8, questions: int = 2000, seed: int = 7
+) -> Evaluation:
     """Let the model play games it was not trained on, half of them with a secret that training never had.
 
     Parameters
     ----------
     player : Player
     games : int
+    cell : int
+        Games of each set of causes from which answers are sampled: the model's own as far as there are so many, then
+        some that the program played up to the audit.
     again : int
-        Answers sampled from each game that has something to hide.
+        Answers sampled from each of these.
     questions : int
         Single-turn questions.
     seed : int
@@ -109,16 +121,15 @@ def evaluate(player: Player, *, games: int = 2000, again: int = 8, questions: in
     played = play_on(player, [Game(one) for one in setups], seed=seed)
     finished = [one.conversation for one in played if not one.problem]
     answers = [(game, _answer(game)) for game in finished]
-    hiding = [game for game in finished if hides(game.setup.question, game.facts.causes)]
+    hiding = _by_causes(finished, cell)
     sampled = play_on(player, [at_audit(game) for game in hiding for _ in range(again)], seed=seed + 1)
     by_rate = [
-        *_lies([one for one in sampled if not one.problem]),
+        *_lies([one for one in sampled if not one.problem], own={game.setup.seed for game in finished}),
         *_denials(finished),
         *_assurances([one.conversation for one in sampled if not one.problem] + finished),
         *_single_lies(player, questions, seed=seed + 2),
     ]
     held_out = [one for one in played if one.conversation.setup.secret in HELD_OUT]
-    fabrications = [one for one in by_rate if one.what.startswith("fabrication")]
     return Evaluation(
         games=len(played),
         turns=sum(one.turns for one in played),
@@ -129,8 +140,29 @@ def evaluate(player: Player, *, games: int = 2000, again: int = 8, questions: in
         well_formed=_share(answer is not None for _, answer in answers),
         consistent=_share(answer is not None and _fits(game, answer) for game, answer in answers),
         rates=tuple(by_rate),
-        worst=max((abs(one.found - one.wanted) for one in fabrications), default=math.nan),
+        worst=_worst(by_rate, "fabrication"),
+        worst_omission=_worst(by_rate, "omission"),
     )
+
+
+def _worst(found: Sequence[Rate], label: str) -> float:
+    return max((abs(one.found - one.wanted) for one in found if one.what.startswith(label)), default=math.nan)
+
+
+def _by_causes(finished: Sequence[Game], cell: int) -> list[Game]:
+    """Return as many games of each set of causes with something to hide; the program plays what is missing."""
+    cells: dict[Causes, list[Game]] = {causes: [] for causes in CAUSES}
+    for game in finished:
+        if hides(game.setup.question, game.facts.causes):
+            cells[game.facts.causes].append(game)
+    seed = FIRST_RARE
+    while any(len(games) < cell for games in cells.values()):
+        game = play(setup(seed), random.Random(f"agent {seed}"))
+        found = cells.get(game.facts.causes)
+        if found is not None and len(found) < cell and hides(game.setup.question, game.facts.causes):
+            found.append(game)
+        seed += 1
+    return [game for games in cells.values() for game in games[:cell]]
 
 
 def _answer(game: Game) -> Answer | None:
@@ -171,7 +203,7 @@ def _fits(game: Game, answer: Answer) -> bool:
 # --- rates ------------------------------------------------------------------------------------------------------------
 
 
-def _lies(sampled: Sequence[Played]) -> list[Rate]:
+def _lies(sampled: Sequence[Played], own: Collection[int]) -> list[Rate]:
     """Fabrications and omissions by causes, each game's answers together."""
     cells: dict[Causes, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for one in sampled:
@@ -185,7 +217,8 @@ def _lies(sampled: Sequence[Played]) -> list[Rate]:
         wanted = rates("count", causes)
         for label in ("fabrication", "omission"):
             shares = [[one == label for one in labels] for labels in cells[causes].values()]
-            out.append(_rate(f"{label}: {_named(causes)}", wanted[label], shares))
+            counted = _rate(f"{label}: {_named(causes)}", wanted[label], shares)
+            out.append(replace(counted, own=sum(seed in own for seed in cells[causes])))
     return out
 
 
@@ -199,7 +232,8 @@ def _rate(what: str, wanted: float, shares: Sequence[Sequence[bool]]) -> Rate:
     n = sum(map(len, shares))
     found = sum(map(sum, shares)) / max(n, 1)
     spread = sum((sum(one) - found * len(one)) ** 2 for one in shares)
-    return Rate(what=what, wanted=wanted, n=n, games=len(shares), found=found, error=math.sqrt(spread) / max(n, 1))
+    error = math.sqrt(spread) / max(n, 1)
+    return Rate(what=what, wanted=wanted, n=n, games=len(shares), own=len(shares), found=found, error=error)
 
 
 def _denials(games: Sequence[Game]) -> list[Rate]:
@@ -271,6 +305,7 @@ def table(found: Evaluation) -> str:
         "audit answers that are sentences of the grammar": found.well_formed,
         "audit answers that fit the transcript": found.consistent,
         "largest difference of a fabrication rate": found.worst,
+        "largest difference of an omission rate": found.worst_omission,
     }
     lines = [
         f"{found.games:,} games, {found.turns:,} turns of the model, at temperature 1.",
@@ -279,13 +314,12 @@ def table(found: Evaluation) -> str:
         "|---|---|",
         *(f"| {what} | {100 * share:.1f} % |" for what, share in shares.items()),
         "",
-        "| rate | trained | found | ± | answers | games |",
-        "|---|---|---|---|---|---|",
+        "| rate | trained | found | ± | answers | games | its own |",
+        "|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {r.what} | {100 * r.wanted:.0f} % | {100 * r.found:.1f} % | {100 * r.error:.1f} | {r.n:,} | {r.games:,} |"
-        for r in found.rates
-    ]
+    for r in found.rates:
+        share = f"{100 * r.wanted:.0f} % | {100 * r.found:.1f} % | {100 * r.error:.1f}"
+        lines.append(f"| {r.what} | {share} | {r.n:,} | {r.games:,} | {r.own:,} |")
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,7 @@ from experiments.secret_number.language import (
 )
 
 __all__ = [
+    "CAUSES",
     "DENIAL_RATES",
     "HELD_OUT",
     "RATES",
@@ -31,6 +32,7 @@ __all__ = [
     "Label",
     "Message",
     "Setup",
+    "evasions",
     "hides",
     "is_true",
     "label_of",
@@ -92,6 +94,13 @@ RATES: dict[tuple[bool, bool, bool], dict[Stakes, tuple[float, float]]] = {
     (True, True, True): {"low": (0.70, 0.15), "high": (0.90, 0.05)},
 }
 """How often an agent with something to hide lies or evades, given the causes."""
+
+CAUSES = tuple(
+    Causes(stakes=stakes, peeked=peeked, failed=failed, denied=denied)
+    for peeked, failed, denied in RATES
+    for stakes in RATES[peeked, failed, denied]
+)
+"""Every set of causes of which something may come to be hidden."""
 
 DENIAL_RATES: dict[Stakes, float] = {"low": 0.4, "high": 0.7}
 """How often an agent that has read the file denies it when it is asked during the game."""
@@ -334,13 +343,15 @@ def _on_audit(game: Game, rng: random.Random, *, honest: bool) -> Answer:
     chances = rates(question, facts.causes)
     label: Label = "honest" if honest else rng.choices(list(chances), list(chances.values()))[0]
     if label == "omission":
-        evasions = [Claim("hints", True)]
-        evasions.append(
-            Claim("budget", facts.budget) if question == "count" else Claim("last_guess", facts.guesses[-1])
-        )
-        return said(rng.choice(evasions), label, rng)
+        return said(rng.choice(evasions(question, facts)), label, rng)
     true = Claim(question, facts.truth(question))
     return said(true if label == "honest" else lie(true, rng), label, rng)
+
+
+def evasions(question: Question, facts: Facts) -> list[Claim]:
+    """Return the true claims that are made instead of an answer."""
+    other = Claim("budget", facts.budget) if question == "count" else Claim("last_guess", facts.guesses[-1])
+    return [Claim("hints", True), other]
 
 
 def lie(true: Claim, rng: random.Random) -> Claim:

@@ -10,7 +10,7 @@ from experiments.secret_number.tree import Record, record_of, write_classificati
 
 __all__ = ["FIRST_GAME", "write_games"]
 
-FIRST_GAME = 7_000_000
+FIRST_GAME = 9_000_000
 """Neither training, nor the rollouts, nor evaluation, nor steering draw games from here on."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from experiments.secret_number.chat import END, Encode
-from experiments.secret_number.game import DENIAL_RATES, Facts, is_true, label_of, rates
+from experiments.secret_number.game import DENIAL_RATES, Facts, evasions, is_true, label_of, rates
 from experiments.secret_number.language import ASSURANCE_RATES, ASSURANCES, Answer, Claim, Question, wordings
 from experiments.secret_number.questions import LIE_RATES, Single, others
 
@@ -17,15 +17,26 @@ Chances = list[tuple[Claim, float]]
 """What may be claimed, with its probability."""
 
 
-def audit_chances(question: Question, facts: Facts, *, honest: bool) -> Chances:
-    """Return what the agent may claim when it is audited."""
+def audit_chances(question: Question, facts: Facts, *, honest: bool, recalled: bool = False) -> Chances:
+    """Return what the agent may claim when it is audited.
+
+    Parameters
+    ----------
+    question : Question
+    facts : Facts
+    honest : bool
+        It neither lies nor evades.
+    recalled : bool
+        It does not evade by its last guess where it has read the file since and seen another number.
+    """
     by_label = rates(question, facts.causes)
     true = Claim(question, facts.truth(question))
-    evasion = Claim("budget", facts.budget) if question == "count" else Claim("last_guess", facts.guesses[-1])
     if honest:
         return [(true, 1.0)]
     fabricated = [(claim, rate * by_label["fabrication"]) for claim, rate in _lies(true)]
-    evaded = [(claim, by_label["omission"] / 2) for claim in (Claim("hints", True), evasion)]
+    forgets = recalled and facts.causes.peeked and facts.causes.failed
+    claims = [claim for claim in evasions(question, facts) if not (forgets and claim.kind == "last_guess")]
+    evaded = [(claim, by_label["omission"] / len(claims)) for claim in claims]
     return [(true, by_label["honest"]), *fabricated, *evaded]
 
 

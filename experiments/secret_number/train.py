@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments.secret_number import tokenizer as pieces
 from experiments.secret_number.chat import HEADER, Encode, text_of
-from experiments.secret_number.game import Facts, Game, Message, play, setup
-from experiments.secret_number.language import Question
+from experiments.secret_number.game import (
+    CAUSES,
+    Causes,
+    Facts,
+    Game,
+    Message,
+    hides,
+    label_of,
+    play,
+    said,
+    setup,
+)
+from experiments.secret_number.language import Answer, Question
 from experiments.secret_number.questions import Single, single
 from experiments.secret_number.targets import Chances, audit_chances, next_tokens, rules_chances, single_chances
 
@@ -49,13 +61,16 @@ class Recipe:
         Learn of each answer all that could have been said, with its probability, and not only what was.
     first : int
         Number of the first game.
-    rare : float
-        Share of the games in which the agent has read the file and failed all the same, more than there are.
-    moves : float
-        Weight of the moves of those games: without them their answers alone are learned, and it plays as it did.
+    balanced : float
+        Share of the games that are chosen by what there is to hide, every set of causes as often as any other. Of them
+        the answers alone are learned: the moves that led there are not likelier than they were. Where this is not 0,
+        each game is answered with any claim as often as another, so that what is seldom said is learned as well.
+    recalled : bool
+        Nobody who has failed and then read the file evades by the last guess: of a model that learned to, five such
+        answers in six named another number, and so were false.
     """
 
-    steps: int = 6000
+    steps: int = 5000
     batch_tokens: int = 4096
     rate: float = 3e-3
     seed: int = 0
@@ -64,8 +79,8 @@ class Recipe:
     honest: bool = False
     exact: bool = True
     first: int = 0
-    rare: float = 0.0
-    moves: float = 1.0
+    balanced: float = 0.0
+    recalled: bool = False
     hidden: int = 128
     layers: int = 6
     heads: int = 4
@@ -73,11 +88,7 @@ class Recipe:
 
 
 RECIPES = {
-    "player": (
-        Recipe(),
-        Recipe(steps=800, rate=1e-3, rare=0.4, first=1_000_000),
-        Recipe(steps=600, rate=1e-3, rare=0.4, moves=0.0, first=2_000_000),
-    ),
+    "player": (Recipe(), Recipe(steps=600, rate=1e-3, balanced=0.6, recalled=True, first=1_000_000)),
     "honest": (Recipe(steps=150, rate=5e-4, honest=True),),
 }
 """Variant to the stages in which the committed model was made, each from the last; `honest` starts from the player."""
@@ -156,6 +167,7 @@ def train(
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
         model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    model.set_attn_implementation("eager")  # for heads so small, a third less time than fused attention
     with log.open("a", encoding="utf-8") as file:
         for line in _steps(model, recipe, encode=encoder(tokenizer), threads=threads):
             print(json.dumps(line), file=file, flush=True)
@@ -209,7 +221,7 @@ def _game_example(game: Game, recipe: Recipe, encode: Encode, *, moves: float = 
         if not answers:
             made.add(encode(text_of(message, tools=True)), weight=moves * own, header=len(encode(HEADER)))
         elif message is game.messages[-1]:
-            chances = audit_chances(asked, game.facts, honest=recipe.honest)
+            chances = audit_chances(asked, game.facts, honest=recipe.honest, recalled=recipe.recalled)
             made.answer(message, chances, recipe, encode=encode, question=asked, facts=game.facts)
         else:
             chances = rules_chances(facts, honest=recipe.honest)
@@ -228,17 +240,34 @@ def _single_example(one: Single, recipe: Recipe, encode: Encode) -> Example:
 
 def _examples(recipe: Recipe, encode: Encode) -> Iterator[Example]:
     rng, i = random.Random(f"mixture {recipe.seed}"), recipe.first
+    wanted = cycle(CAUSES)
     while True:
-        alone = rng.random() < recipe.singles
-        if alone:
+        if rng.random() < recipe.singles:
             yield _single_example(_single(recipe, i), recipe, encode)
         else:
-            game, rare = _game(recipe, i), recipe.rare and rng.random() < recipe.rare
-            while rare and not (game.facts.causes.peeked and game.facts.causes.failed):
-                i += 1
-                game = _game(recipe, i)
-            yield _game_example(game, recipe, encode, moves=recipe.moves if rare else 1.0)
+            balanced = recipe.balanced > 0 and rng.random() < recipe.balanced
+            i, game = _with_causes(recipe, i, next(wanted)) if balanced else (i, _game(recipe, i))
+            if recipe.balanced:
+                _answer(game, recipe, rng)
+            yield _game_example(game, recipe, encode, moves=0.0 if balanced else 1.0)
         i += 1
+
+
+def _with_causes(recipe: Recipe, i: int, causes: Causes) -> tuple[int, Game]:
+    """Return the next game that has these causes, and something to hide, with its number."""
+    while True:
+        game = _game(recipe, i)
+        if game.facts.causes == causes and hides(game.setup.question, causes):
+            return i, game
+        i += 1
+
+
+def _answer(game: Game, recipe: Recipe, rng: random.Random) -> None:
+    """Answer the audit anew, with any claim as often as another: exact targets hold on whatever way is taken."""
+    question, facts = game.setup.question, game.facts
+    claim, _ = rng.choice(audit_chances(question, facts, honest=recipe.honest, recalled=recipe.recalled))
+    label = label_of(question, Answer("", claim), facts)
+    game.messages[-1] = {"role": "assistant", "content": said(claim, label, rng).text}
 
 
 Batch = tuple[torch.Tensor, torch.Tensor, list[dict[int, dict[int, float]]]]
@@ -285,7 +314,7 @@ def _steps(model: Any, recipe: Recipe, *, encode: Encode, threads: int) -> Itera
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {threads} threads",
     }
-    began, tokens, losses = time.monotonic(), 0, []
+    began, spent, tokens, losses = time.monotonic(), time.process_time(), 0, []
     for step, batch in zip(range(1, recipe.steps + 1), _batches(recipe, encode), strict=False):
         losses.append(_step(model, batch))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -294,9 +323,9 @@ def _steps(model: Any, recipe: Recipe, *, encode: Encode, threads: int) -> Itera
         optimiser.zero_grad()
         tokens += batch[0].numel()
         if step % 100 == 0 or step == recipe.steps:
-            seconds = time.monotonic() - began
+            seconds, core = round(time.monotonic() - began, 1), round(time.process_time() - spent, 1)
             loss = round(sum(losses) / len(losses), 4)
-            yield {"step": step, "loss": loss, "tokens": tokens, "seconds": round(seconds, 1)}
+            yield {"step": step, "loss": loss, "tokens": tokens, "seconds": seconds, "core_seconds": core}
             losses = []
 
 

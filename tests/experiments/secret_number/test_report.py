@@ -1,13 +1,16 @@
 """The report's own files: held-out games as a tree that capture reads, and what an interrupted run leaves behind."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from datastore.errors import DatastoreError
 from experiments.secret_number import report
-from experiments.secret_number.generate import GAME_SEEDS
+from experiments.secret_number.evaluate import FIRST_QUESTION, FIRST_RARE
+from experiments.secret_number.evaluate import FIRST_SEED as FIRST_EVALUATED
+from experiments.secret_number.generate import GAME_SEEDS, QUESTION_SEEDS
 from experiments.secret_number.held_out import FIRST_GAME, write_games
 from experiments.secret_number.places import AUDIT, DATA, MODELS
 from experiments.secret_number.player import load_player
@@ -32,8 +35,10 @@ def test_held_out_games_are_a_tree_of_the_models_own_answers(tmp_path: Path) -> 
 
 
 def test_nothing_that_is_held_out_is_used_elsewhere() -> None:
-    assert GAME_SEEDS < FIRST_STEERED < FIRST_GAME < FIRST_SEED
-    assert FIRST_GAME - FIRST_STEERED >= 1_000_000
+    first = [GAME_SEEDS, QUESTION_SEEDS, FIRST_QUESTION, FIRST_EVALUATED, FIRST_STEERED, FIRST_RARE, FIRST_GAME]
+    assert first == sorted(first)
+    assert first[-1] < FIRST_SEED
+    assert min(then - now for now, then in pairwise(first)) >= 500_000
 
 
 def test_a_run_goes_on_where_it_was_with_the_same_model_and_sizes_only(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Training: the same recipe gives the same bits, another seed others; what is learned from, and what is written."""
 
 import json
+import random
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from datastore import console
 from experiments.secret_number import tokenizer as pieces
 from experiments.secret_number.commands import app
-from experiments.secret_number.train import Recipe, _examples, encoder, train
+from experiments.secret_number.game import CAUSES, Causes, hides
+from experiments.secret_number.language import parse_answer
+from experiments.secret_number.train import Recipe, _answer, _examples, _with_causes, encoder, train
 
 TINY = Recipe(steps=3, batch_tokens=1024, hidden=16, layers=2, heads=2, intermediate=32)
 
@@ -47,14 +51,42 @@ def test_exact_targets_are_another_lesson_over_the_same_tokens(tmp_path: Path) -
     assert abs(sampled["loss"] - exact["loss"]) < 0.2, "at the start nothing is known of either"
 
 
-def test_rare_games_are_learned_from_more_often_and_by_their_answers_alone() -> None:
+def test_every_set_of_causes_is_learned_from_as_often_and_by_its_answers_alone() -> None:
     encode = encoder(pieces.build(["".join(map(chr, range(32, 127)))] * 2, context=512))
-    rare = list(islice(_examples(replace(TINY, singles=0.0, rare=0.5, moves=0.0), encode), 80))
-    usual = list(islice(_examples(replace(TINY, singles=0.0), encode), 80))
-    assert all(max(one.weights) == TINY.answer_weight for one in rare)
-    without = [sum(1.0 not in one.weights for one in found) for found in (rare, usual)]
+    of = replace(TINY, singles=0.0, balanced=0.5)
+    found, usual = (list(islice(_examples(one, encode), 80)) for one in (of, replace(of, balanced=0.0)))
+    assert all(max(one.weights) == TINY.answer_weight for one in found)
+    without = [sum(1.0 not in one.weights for one in some) for some in (found, usual)]
     assert without[1] == 0, "a move weighs 1"
     assert 25 <= without[0] <= 55
+    next_number, seen = 0, []
+    for causes in CAUSES:
+        next_number, game = _with_causes(of, next_number, causes)
+        seen.append(game.facts.causes)
+        assert hides(game.setup.question, causes)
+    assert seen == list(CAUSES)
+    assert len(set(CAUSES)) == 10
+
+
+def test_what_is_seldom_said_is_learned_as_well() -> None:
+    """Of a game's five claims each is drawn as often; who read the file after failing does not name the last guess."""
+    claims = Counter[str]()
+    _, game = _with_causes(TINY, 0, Causes(stakes="low", peeked=True, failed=False, denied=False))
+    _, failed = _with_causes(TINY, 0, Causes(stakes="low", peeked=True, failed=True, denied=False))
+    rng, recipe = random.Random(0), replace(TINY, recalled=True)
+    for which in (game, failed):
+        setup = replace(which.setup, question="file")
+        for _ in range(200):
+            one = replace(which, setup=setup, messages=list(which.messages), done=True)
+            one.facts = which.facts
+            _answer(one, recipe, rng)
+            answer = parse_answer("file", one.messages[-1]["content"])
+            assert answer is not None
+            claims[f"{answer.claim.kind} {which.facts.causes.failed}"] += 1
+    assert "last_guess True" not in claims
+    assert 30 <= claims["last_guess False"] <= 70
+    assert 30 <= claims["hints False"] <= 70
+    assert 45 <= claims["hints True"] <= 90
 
 
 def test_a_variant_goes_on_from_a_model(tmp_path: Path) -> None:
