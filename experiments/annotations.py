@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, step_by_step
 from experiments.jsonfile import MAX_BYTES, load_json
 
 __all__ = ["Span", "TextSpan", "TokenSpan", "parse_annotations", "read_annotations", "token_range"]
@@ -72,7 +72,7 @@ def parse_annotations(data: Any, *, source: str) -> dict[str, tuple[Span, ...]]:
             }
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "span"
+        place = step_by_step(first["loc"]) or "span"
         raise ExperimentError(f"{source}: an annotation is not valid: `{place}`: {first['msg']}") from None
     raise ExperimentError(
         f"{source}: neither text spans (a list `annotations` of entries with `idx` and `spans`) nor token ranges "
@@ -92,6 +92,8 @@ class _TextEntry(BaseModel):
         if not isinstance(data, dict):
             return data
         spans = data.get("spans") or []
+        if not isinstance(spans, list):
+            return {"id": data.get("id", data.get("idx")), "spans": spans}
         labelled = [
             {**s, "label": s.get("category") or s.get("label") or ""} if isinstance(s, dict) else s for s in spans
         ]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Sequence
 
 
 class ExperimentError(Exception):
@@ -21,3 +22,8 @@ class ExperimentError(Exception):
                 return 1  # some libraries keep of it the words only
             cause = cause.__cause__
         return 2
+
+
+def step_by_step(loc: Sequence[object]) -> str:
+    """Name the way to a value in a JSON document, on one line whatever its keys hold."""
+    return " ".join(".".join(str(part) for part in loc).split())

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from experiments.annotations import TextSpan, TokenSpan
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, step_by_step
 
 __all__ = ["LabelValue", "Message", "Role", "Transcript", "Turn", "sentence"]
 
@@ -204,7 +204,7 @@ def sentence(error: ValidationError) -> str:
     """Say the first complaint of pydantic in one clause."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     message = first["msg"].removeprefix("Value error, ")
-    place = ".".join(str(part) for part in first["loc"])
+    place = step_by_step(first["loc"])
     if first["type"] == "value_error" and len(first["loc"]) <= 1:
         return message if message.startswith(("has ", "is ")) else f"is not valid: {message}"
     return f"is not valid: `{place}`: {message}"

@@ -32,7 +32,7 @@ FLAGS = [
     "--force-color-profile=srgb",
 ]
 AXE = Path(__file__).parents[1] / "data" / "axe_core" / "axe.min.js"
-PATIENCE = 12.0
+PATIENCE = 30.0
 
 MODELS = """
 const models = () => Bokeh.documents.flatMap((doc) => [...doc._all_models.values()]);
