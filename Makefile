@@ -43,7 +43,7 @@ demo: setup
 	$(DEMO_RUN) calibrate $(DEMO)/run.zarr
 	$(DEMO_RUN) project $(DEMO)/run.zarr --vectors $(GAME)/extraction --steering $(GAME)/steering --layers best,best+1
 	$(DEMO_RUN) experiments.secret_number finding $(DEMO)/run.zarr --learned-on $(DEMO)/questions.zarr --plot $(DEMO)/finding.png
-	$(DEMO_RUN) view export $(DEMO)/run.zarr --ids 7,8 --out $(DEMO)/page.html
+	$(DEMO_RUN) view export $(DEMO)/run.zarr --ids 17,18 --out $(DEMO)/page.html
 	@echo "the figure: $(DEMO)/finding.png   the page: $(DEMO)/page.html, or all of it: $(BIN)/python -m view $(DEMO)/run.zarr --open"
 
 # Every number of docs/secret_number.md again, from the model on, into build/report; REPORT_ARGS=--write puts them into the checkout.

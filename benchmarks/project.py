@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 import calibrate
 import datastore
 import project
+from benchmarks.calibrate import calibrate_pt
 from benchmarks.measure import Row, alternate, chill, show
 from benchmarks.store import CPUS, LAYERS, WIDTH, Data, decode_all, make_data, save_pt, write
 from datastore import storage
@@ -197,16 +198,6 @@ def bench_calibration(root: Path, data: Data) -> list[Row]:
         ),
         Row.of("calibration of 1 layer with its pass", rate["pass"], "GB/s", "projection of it", rate["one"], 0.8),
     ]
-
-
-def calibrate_pt(directory: Path) -> None:
-    """Load every file whole and sum up each layer in float32, once, which is less than users' calibration does."""
-    import torch
-
-    for file in sorted(directory.glob("*.pt")):
-        for layer in torch.load(file, weights_only=True)["prompt"]["activations"].values():
-            wide = layer["residual"].float()
-            wide.mean(0), wide.abs().amax(0), wide.abs().mean(0), wide.norm(dim=1).mean()
 
 
 @contextmanager
