@@ -11,7 +11,7 @@ from torch import nn
 from capture import budget
 from capture.components import ComponentTable
 from capture.request import Request, plans_of
-from datastore.planning import PlanFile, plans_directory, read_plan
+from datastore.planning import PlanFile, laid_down, read_plan
 
 __all__ = ["budget_key", "with_budget"]
 
@@ -70,9 +70,9 @@ def _at(request: Request, tokens: int) -> Request:
 def _begun(request: Request, provenance: Mapping[str, Any]) -> int | None:
     """The budget of the oldest unfinished plan that is of this request but for the budget."""
     plans, asked = list[PlanFile](), {one.rollout_id for one in request.rollouts}
-    for file in plans_directory(request.store).glob("*/plan.json"):
+    for directory in laid_down(request.store):
         with suppress(OSError, ValueError):  # another process commits it now, or wrote it otherwise
-            plans.append(read_plan(file.parent))
+            plans.append(read_plan(directory))
     for one in sorted(plans, key=lambda plan: (plan.created, plan.request)):
         if not asked.issuperset(one.rollout_ids):
             continue

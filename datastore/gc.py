@@ -14,7 +14,7 @@ from pathlib import Path
 from datastore import parts, storage
 from datastore.cells import latest
 from datastore.errors import PlanError
-from datastore.planning import plans_directory
+from datastore.planning import laid_down, plans_directory
 from datastore.tables import telling
 from datastore.union import gone
 
@@ -134,14 +134,11 @@ def _leftovers(store: Path, older_than: float) -> Iterator[tuple[Path, str]]:
 
 
 def _plans(store: Path, *, unfinished: bool) -> Iterator[tuple[Path, str]]:
-    directory = plans_directory(store)
-    for file in sorted(directory.glob("*/plan.json")):
-        if file.parent.name.endswith(".partial"):
-            continue
-        if not (file.parent / "group").is_dir():
-            yield file.parent, "what is left of a plan that was carried out"
-        elif unfinished and not parts.living(file.parent / "parts"):
-            yield file.parent, "an unfinished plan that no process fills"
+    for directory in laid_down(store):
+        if not (directory / "group").is_dir():
+            yield directory, "what is left of a plan that was carried out"
+        elif unfinished and not parts.living(directory / "parts"):
+            yield directory, "an unfinished plan that no process fills"
 
 
 def _remove_unfinished(directory: Path) -> None:

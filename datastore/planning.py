@@ -28,7 +28,16 @@ from datastore.partials import Partials
 from datastore.schema import Batch, Codec, ComponentSpec, Plan, Rollout, digest
 from datastore.union import Capture, Union, gone, load_union, plan_of
 
-__all__ = ["PlanFile", "form_batches", "form_chunks", "lay_down", "plan", "plans_directory", "read_plan"]
+__all__ = [
+    "PlanFile",
+    "form_batches",
+    "form_chunks",
+    "laid_down",
+    "lay_down",
+    "plan",
+    "plans_directory",
+    "read_plan",
+]
 
 Cells = frozenset[tuple[str, int]]
 
@@ -113,6 +122,16 @@ def codec_record(codec: Codec) -> dict[str, Any]:
 def plans_directory(store: Path) -> Path:
     """Return the directory beside the store that holds its unfinished plans."""
     return store.with_name(f"{store.name}.plans")
+
+
+def laid_down(store: Path) -> list[Path]:
+    """Return the directories of the plans beside the store, unfinished or just carried out.
+
+    What a killed process left, `.partial`, is none: it was not whole yet, or was being removed. It may hold all files
+    of a plan, which another process may have laid down since.
+    """
+    found = (file.parent for file in plans_directory(store).glob("*/plan.json"))
+    return sorted(one for one in found if one.suffix != ".partial")
 
 
 def plan(
@@ -283,12 +302,10 @@ def _check(rollouts: Sequence[Rollout]) -> dict[str, Rollout]:
 
 def _unfinished(path: Path, request: Request) -> list[Plan]:
     plans = []
-    for file in sorted(plans_directory(path).glob("*/plan.json")):
-        if file.parent.suffix == ".partial":
-            continue  # of a process that died laying this plan down, which another may have laid down since
+    for directory in laid_down(path):
         with suppress(OSError, ValueError):
-            record = PlanFile.model_validate_json(file.read_bytes())
-            if record.request == request.key and (file.parent / "group").is_dir():
+            record = read_plan(directory)
+            if record.request == request.key and (directory / "group").is_dir():
                 plans.append(record.plan(request.asked, _used(request, record.rollout_ids)))
     return plans
 
@@ -365,7 +382,7 @@ def lay_down(store: Path, plan: Plan) -> Path:
     directory = plans / plan.key
     with storage.writable(plans):
         plans.mkdir(exist_ok=True)
-        _clear_committed(plans)
+        _clear_committed(store)
         if not (directory / "plan.json").exists():
             _refuse_committed(store, plan)
             _build(directory, plan)
@@ -373,11 +390,11 @@ def lay_down(store: Path, plan: Plan) -> Path:
     return directory
 
 
-def _clear_committed(plans: Path) -> None:
+def _clear_committed(store: Path) -> None:
     """Remove what is left of plans whose process died between publishing them and cleaning up."""
-    for file in plans.glob("*/plan.json"):
-        if not (file.parent / "group").is_dir():
-            storage.discard(file.parent)
+    for directory in laid_down(store):
+        if not (directory / "group").is_dir():
+            storage.discard(directory)
 
 
 def _refuse_committed(store: Path, plan: Plan) -> None:

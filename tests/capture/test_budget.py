@@ -5,6 +5,7 @@ Four real processes that each measure something else still fill one plan.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from capture import budget
 from capture.budget import Measured, batch_tokens
 from capture.components import find_components
+from datastore.planning import laid_down, read_plan
 from tests import kimi
 from tests.capture import cli, served, stored, tiny
 from tests.capture.cli import Command, command
@@ -125,8 +127,16 @@ def test_four_processes_that_measure_different_budgets_fill_one_plan(command: Co
     (remembered,) = json.loads((home / "activation_cache" / "budgets.json").read_text()).values()
     tokens = remembered["batch_tokens"]
     assert tokens in (512, 1024, 2048)
-    (plan,) = store.with_name(f"{store.name}.plans").glob("*/plan.json")
-    assert json.loads(plan.read_text())["batch_tokens"] == tokens
+    (plan,) = laid_down(store)
+    assert read_plan(plan).batch_tokens == tokens
+
+    # A process that was killed had almost laid a plan of another budget down, before all of them.
+    died = tmp_path / "died.zarr"
+    asked = ("--experiment", tree, *WORDS, "--batch-tokens")
+    assert command(*asked, 2 * tokens, "--store", died, "--part", "1/4").code == 0
+    (left,) = laid_down(died)
+    (left / "plan.json").write_text(read_plan(left).model_copy(update={"created": "2000"}).model_dump_json())
+    shutil.move(left, plan.with_name(f"{left.name}.0123.partial"))
 
     # The last one comes from where nothing is remembered: it goes on with the plan, and measures nothing.
     late = start(tree, store, 3, home=tmp_path / "elsewhere", meeting=tmp_path / "alone", expected=1)
@@ -134,6 +144,5 @@ def test_four_processes_that_measure_different_budgets_fill_one_plan(command: Co
     assert not list((tmp_path / "alone").iterdir())
     assert stored.captures(store) == [1]
     alone = tmp_path / "alone.zarr"
-    words = ("--experiment", tree, "--store", alone, *WORDS, "--batch-tokens", tokens)
-    assert command(*words).code == 0
+    assert command(*asked, tokens, "--store", alone).code == 0
     assert cli.contents(store) == cli.contents(alone)

@@ -1,7 +1,6 @@
-"""Real captures of a small model, killed with SIGKILL at random instants: the store is that of one never killed."""
+"""Real captures of a small model, killed with SIGKILL at random points: the store is that of one never killed."""
 
 import random
-import time
 from pathlib import Path
 
 from tests.capture import cli, stored
@@ -16,15 +15,12 @@ WORDS = ("--components", "residual,resid_pre,mlp_out,attn_out", "--chunk-tokens"
 
 def test_killed_again_and_again_it_ends_byte_identical(command: Command, tmp_path: Path) -> None:
     whole, store, rng = tmp_path / "whole.zarr", tmp_path / "killed.zarr", random.Random(3)
-    began = time.monotonic()
     assert command("--store", whole, *WORDS).code == 0
-    seconds = time.monotonic() - began
-    found: list[int] = []
-    for _ in range(KILLS):
-        process = cli.start(*worded("--store", store, *WORDS))
-        before = len(found) and found[-1]
-        cli.wait_for(lambda before=before: len(cli.chunks(store)) > before, process)  # type: ignore[misc]
-        time.sleep(rng.uniform(0, seconds / (KILLS + 2)))
+    total = len(list(whole.glob("captures/0001/residual/c/*/*/*")))
+    found, points = list[int](), sorted(rng.sample(range(1, total // 2), KILLS))
+    for point in points:  # as soon as so many chunks are there, or one more than the process before had left
+        process, least = cli.start(*worded("--store", store, *WORDS)), max([point, *found])
+        cli.wait_for(lambda least=least: len(cli.chunks(store)) > least, process)  # type: ignore[misc]
         process.kill()
         process.communicate()
         found.append(len(cli.chunks(store)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 import zarr
 
+from datastore import storage
+from datastore.gc import collect, plan_collection
+from datastore.planning import laid_down
 from tests.datastore import making
 
 ROOT = Path(__file__).parents[2]
@@ -75,9 +79,9 @@ def finish(store: Path, part: str = "1/1") -> None:
 def finished(store: Path) -> dict[Path, tuple[int, int]]:
     """Return inode and time of each chunk of the plan that is there and decodes, read with zarr-python."""
     found: dict[Path, tuple[int, int]] = {}
-    for group in store.with_name(f"{store.name}.plans").glob("*/group"):
-        if group.parent.suffix == ".partial":
-            continue  # killed while it laid the plan down
+    for group in (directory / "group" for directory in laid_down(store)):
+        if not group.is_dir():
+            continue  # killed after it was published
         for component in ("residual", "k_proj"):
             array = zarr.open_array(group / component, mode="r")
             size = array.chunks[0]
@@ -110,22 +114,29 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], f
 
 def damage(store: Path, choice: random.Random) -> None:
     """Cut a chunk and a partial of the plan short, as a power cut may leave them."""
-    plans = store.with_name(f"{store.name}.plans")
-    for pattern in ("*/group/residual/c/*/*/0", "*/partials/residual/*/*"):
-        files = sorted(plans.glob(pattern))
+    for pattern in ("group/residual/c/*/*/0", "partials/residual/*/*"):
+        files = sorted(file for directory in laid_down(store) for file in directory.glob(pattern))
         if files:
             file = choice.choice(files)
             file.write_bytes(file.read_bytes()[: choice.randrange(file.stat().st_size)])
 
 
+def assert_nothing_is_left(store: Path) -> None:
+    """Check that no plan is left, and that what killed processes left of plans is what `gc` removes."""
+    assert laid_down(store) == []
+    collect(plan_collection(store, older_than=0))
+    assert [file.name for file in store.parent.iterdir() if file.name.startswith(store.name)] == [store.name]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_again_and_again(tmp_path: Path, whole: tuple[dict[str, bytes], float], seed: int) -> None:
     """Four kills of one capture, then it is finished; with odd seeds a chunk and a partial are cut short as well."""
-    choice, store, kills = random.Random(seed), tmp_path / "run.zarr", 0
+    choice, store, kills, longest = random.Random(seed), tmp_path / "run.zarr", 0, 0.6 * whole[1]
     kept: dict[Path, tuple[int, int]] = {}
-    for attempt in range(40):
-        kills += kill(start(store), choice.uniform(0, 0.6 * whole[1]))
-        if (store / "captures/0001").exists():
+    for attempt in itertools.count():
+        killed = kill(start(store), choice.uniform(0, longest))
+        kills, longest = kills + killed, longest if killed else 0.7 * longest
+        if storage.numbered(store / "captures"):
             assert making.on_disk(store) == whole[0]
             store, kept = tmp_path / f"{attempt}" / "run.zarr", {}
             continue
@@ -138,10 +149,9 @@ def test_killed_again_and_again(tmp_path: Path, whole: tuple[dict[str, bytes], f
         kept = now
     kept = finished(store)
     finish(store)
-    assert kills >= 4
     assert_kept(store, kept)
     assert making.on_disk(store) == whole[0]
-    assert not list(store.with_name("run.zarr.plans").glob("*/plan.json"))
+    assert_nothing_is_left(store)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -158,6 +168,7 @@ def test_two_parts_at_once_are_killed(tmp_path: Path, whole: tuple[dict[str, byt
     assert failed == []
     assert_kept(store, kept)
     assert making.on_disk(store) == whole[0]
+    assert_nothing_is_left(store)
 
 
 def test_a_kill_between_publishing_and_cleaning_up_leaves_nothing_to_do(

@@ -21,7 +21,7 @@ from datastore import storage
 from datastore.codec import ChunkDecoder
 from datastore.errors import CorruptError
 from datastore.gc import collect, plan_collection
-from datastore.planning import plans_directory
+from datastore.planning import laid_down
 from datastore.union import load_union
 from datastore.verify import verify
 from tests.faults.tasks import TASKS, Task
@@ -91,13 +91,17 @@ def finished(root: Path, task: Task) -> dict[Chunk, tuple[int, int]]:
     """Return inode and time of each chunk of a plan that is there and decodes."""
     found = {}
     for store in task.stores:
-        for group in plans_directory(root / store).glob("*/group"):
-            if not group.parent.name.endswith(".partial"):
-                for file in _whole_chunks(group):
-                    state = file.stat()
-                    chunk = Chunk(group.parent.name, file.relative_to(group).as_posix())
-                    found[chunk] = (state.st_ino, state.st_mtime_ns)
+        for group in _groups(root / store):
+            for file in _whole_chunks(group):
+                state = file.stat()
+                chunk = Chunk(group.parent.name, file.relative_to(group).as_posix())
+                found[chunk] = (state.st_ino, state.st_mtime_ns)
     return found
+
+
+def _groups(store: Path) -> list[Path]:
+    """Return the groups of the plans that are being filled."""
+    return [group for directory in laid_down(store) if (group := directory / "group").is_dir()]
 
 
 def _whole_chunks(group: Path) -> Iterator[Path]:
@@ -112,10 +116,9 @@ def _whole_chunks(group: Path) -> Iterator[Path]:
 
 def _now(root: Path, task: Task) -> dict[Chunk, tuple[int, int]]:
     """Return inode and time of all chunks of plans and captures, by the plan that wrote them."""
-    groups = {}
+    groups: dict[Path, str] = {}
     for store in task.stores:
-        for group in plans_directory(root / store).glob("*/group"):
-            groups[group] = group.parent.name
+        groups |= {group: group.parent.name for group in _groups(root / store)}
         for number in storage.numbered(root / store / "captures"):
             capture = root / store / "captures" / f"{number:04d}"
             groups[capture] = json.loads((capture / "zarr.json").read_text())["attributes"]["plan"]
@@ -161,6 +164,8 @@ class Campaign:
             chunks = finished(here, self.task)
             ended = self._run(here, choice.uniform(0, 1.1 * self.seconds) if attempt < most_kills else None)
             counts.kills += ended.killed
+            if not attempt and not ended.killed:
+                self.seconds = ended.seconds  # as long as it takes now: other work comes and goes
             self._look(here)
             now = _now(here, self.task)
             redone = [chunk for chunk, state in chunks.items() if now.get(chunk, state) != state]
