@@ -41,7 +41,7 @@ demo: setup
 	$(DEMO_RUN) datastore info $(DEMO)/run.zarr
 	$(DEMO_RUN) datastore verify $(DEMO)/run.zarr --full
 	$(DEMO_RUN) calibrate $(DEMO)/run.zarr
-	$(DEMO_RUN) project $(DEMO)/run.zarr --vectors $(GAME)/extraction --steering $(GAME)/steering --layers best,best+1
+	$(DEMO_RUN) project $(DEMO)/run.zarr --vectors $(GAME)/extraction --steering $(GAME)/steering --layers best,best+1,4,5
 	$(DEMO_RUN) experiments.secret_number finding $(DEMO)/run.zarr --learned-on $(DEMO)/questions.zarr --plot $(DEMO)/finding.png
 	$(DEMO_RUN) view export $(DEMO)/run.zarr --ids 17,18 --out $(DEMO)/page.html
 	@echo "the figure: $(DEMO)/finding.png   the page: $(DEMO)/page.html, or all of it: $(BIN)/python -m view $(DEMO)/run.zarr --open"

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import numpy as np
 from PIL import Image
 
 import datastore
 from tests import house
 from tests.view.browser import Viewer, browser, running
+from view.comparing import aligned_curves, first_moves
 from view.model import Model
-from view.treatment import picked
+from view.treatment import Treatment
 
 GAME = "experiments/secret_number/data"
 WIDTH, MOST_HEIGHT = 1280, 1400
@@ -39,7 +39,7 @@ def demo_store(path: Path) -> datastore.Store:
             "--steering",
             f"{GAME}/steering",
             "--layers",
-            "best,best+1",
+            "best,best+1,4,5",
         ],
     ]
     for step in steps:
@@ -48,13 +48,12 @@ def demo_store(path: Path) -> datastore.Store:
 
 
 def pictures(store: datastore.Store) -> Mapping[str, Mapping[str, Any]]:
-    """Return the addresses of the pictures: of the pair that is offered first, at the trait that moves most in it."""
+    """Return the addresses of the pictures: of the pair that is offered first, at what moves most in it."""
     model = Model(store)
     label = model.labels[0]
     best = model.pairs(label, model.reference(label)).iloc[0]
     honest, lie, fork = str(best["a"]), str(best["b"]), int(best["fork"])
-    trait = _most_moved(model, (honest, lie), fork=fork)
-    at = {"trait": trait, "token": fork}
+    at = {**_most_moved(model, (honest, lie), fork=fork), "token": fork}
     return {
         "compare": {"view": "Compare", "rollout": [honest, lie], **at},
         "transcript": {"view": "Transcript", "rollout": lie, **at, "theme": "dark"},
@@ -63,12 +62,13 @@ def pictures(store: datastore.Store) -> Mapping[str, Mapping[str, Any]]:
     }
 
 
-def _most_moved(model: Model, pair: tuple[str, str], *, fork: int) -> str:
-    """Return the trait whose mean differs most after the fork, over its spread before it."""
-    a, b = (model.scores((name,)).score.values for name in pair)
-    moved = (b[fork:].mean(axis=0) - a[fork:].mean(axis=0)) / a[4:fork].std(axis=0)
-    first = picked(model.directions)
-    return str(model.directions["trait"].iloc[first[int(np.argmax(np.abs(moved[first])))]])
+def _most_moved(model: Model, pair: tuple[str, str], *, fork: int) -> dict[str, str]:
+    """Return trait and layer whose difference after the fork is largest, over the spread before it."""
+    values = model.treated(pair, Treatment(smooth=1))
+    moves = first_moves(aligned_curves(model.scores(pair), values, pair, fork=fork))
+    most = str(moves["direction"].iloc[int(moves["peak"].abs().argmax())])
+    row = model.directions[model.directions["direction"] == most].iloc[0]
+    return {"trait": str(row["trait"]), "layer": str(row["layer"])}
 
 
 def take(chromium: Any, address: str, query: Mapping[str, Any], *, width: int = WIDTH) -> bytes:

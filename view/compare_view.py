@@ -10,7 +10,7 @@ import xarray as xr
 
 from datastore.errors import AbsentError
 from view import comparing
-from view.frame import NUMBERS, Host, View, later
+from view.frame import NUMBERS, Host, View
 from view.group_view import Groups
 from view.plots import Lines
 from view.store_view import Stores
@@ -76,6 +76,9 @@ class Pair(View):
         )
         self.texts = html()
         self._found = pd.DataFrame(columns=list(PAIRS))
+        self._moves = pd.DataFrame(columns=[*MOVES, "peak_at"])
+        self._chosen = False
+        self._looked_at: tuple[Any, ...] = ()
         self._heading = html()
         upper = pn.Row(
             pn.Column(html("<h2>Pairs that share a prefix</h2>", margin=0), self.pairs, width=418),
@@ -98,10 +101,11 @@ class Pair(View):
         self.page.go(rollout=str(one["a"]), others=[str(one["b"])], token=int(one["fork"]))
 
     def _look_at(self, row: int) -> None:
-        """Show the trait and layer of a row in the upper plot and in the text, where it moved."""
+        """Show the trait and layer of a row in the upper plot and in the text, where it moved or else differs most."""
         table = self.model.directions.set_index("direction")
-        one = self.moves.value.iloc[row]
-        at = {} if pd.isna(one["moved_at"]) else {"token": int(one["moved_at"])}
+        one = self._moves.iloc[row]
+        places = [int(place) for place in (one["moved_at"], one["peak_at"]) if pd.notna(place)]
+        at = {"token": places[0]} if places else {}
         direction = table.loc[one["direction"]]
         self.page.go(trait=str(direction["trait"]), layer=str(direction["layer"]), **at)
 
@@ -110,7 +114,9 @@ class Pair(View):
         state, model = self.state, self.model
         if changed & {"store", "label", "reference"}:
             label, reference = state.label or None, state.reference or None
-            later(lambda: model.pairs(label, reference), self._show_pairs)
+            self.later(lambda: model.pairs(label, reference), self._show_pairs)
+        if changed & {"store", "rollout", "others"}:  # what a reader chose is not replaced by what is found later
+            self._chosen = "store" not in changed or bool(state.others)
         if changed & (NUMBERS | {"rollout", "others", "trait", "traits", "layer"}):
             self._draw()
         at = state.token if state.token >= 0 else None
@@ -122,10 +128,11 @@ class Pair(View):
         shown = found[list(PAIRS)].copy()
         shown["shared"] = [f"{share:.0%}" for share in shown["shared"]]
         self.pairs.value = shown
-        if not self.state.others and len(found):
+        if not self._chosen and len(found):
             mine = found[(found["a"] == self.state.rollout) | (found["b"] == self.state.rollout)]
-            one = (mine if len(mine) else found).iloc[0]
-            self.page.go(rollout=str(one["a"]), others=[str(one["b"])])
+            if len(mine) or self.state.rollout == self.model.first:
+                one = (mine if len(mine) else found).iloc[0]
+                self.page.go(rollout=str(one["a"]), others=[str(one["b"])])
 
     def _draw(self) -> None:
         model, state = self.model, self.state
@@ -147,7 +154,9 @@ class Pair(View):
         curves = {_called(name, labels): aligned.values[i, :, one] for i, name in enumerate(names)}
         self.curves.plot.title.text = f"{table['direction'].iloc[one]}: {how.unit}"
         self.curves.draw(x, curves, texts=texts)
-        self.curves.look_at(*_around(fork, len(x)))
+        if self._looked_at != (model, names):  # and not again what a reader has zoomed into
+            self._looked_at = (model, names)
+            self.curves.look_at(*_around(fork, len(x)))
         chosen = picked(table, traits=state.traits, layer=state.layer_number)
         changes = {str(table["direction"].iloc[j]): aligned.values[1, :, j] - aligned.values[0, :, j] for j in chosen}
         shown, where = called(table, chosen)
@@ -168,31 +177,39 @@ class Pair(View):
         for plot in (self.curves, self.difference):
             plot.draw([], {})
             plot.show_fork(None)
-        self.moves.value = pd.DataFrame(columns=list(MOVES))
+        self._moves = self.moves.value = pd.DataFrame(columns=list(MOVES))
+        self._looked_at = ()
         self._heading.object = f"<h2>{escape(why or 'Choose a pair, or name rollouts to compare with')}</h2>"
         self.texts.object = ""
 
     def _show_moves(self, names: tuple[str, ...]) -> None:
         model, two = self.model, names[:2]
         aligned = self._unsmoothed(two, fork=model.fork(two)).sel(direction=model.drawn(self.state.traits))
-        for threshold in comparing.MOVED:
-            found = comparing.first_moves(aligned, threshold=threshold)
+        for threshold, run in comparing.MOVED:
+            found = comparing.first_moves(aligned, threshold=threshold, run=run)
             if found["moved_at"].notna().any():
                 break
         texts = texts_of(model, two[1])
         found["text"] = [texts[int(at)] if pd.notna(at) else "" for at in found["moved_at"]]
-        self.moves.value = found[list(MOVES)]
-        moved = found.dropna(subset=["moved_at"])
-        said = f"no trait moves beyond {threshold:g} SD"
-        if len(moved):
-            first = moved.iloc[0]
-            said = (
-                f"{first['direction']} moves first, {int(first['tokens_after'])} tokens later, beyond {threshold:g} SD"
-            )
+        self._moves, self.moves.value = found, found[list(MOVES)]
+        said = _said(found, threshold=threshold, run=run)
         self._heading.object = (
             f"<h2>They part at token {model.fork(two)}; {escape(said)}</h2>"
             "<p>A click on a row shows that trait below, where it moved.</p>"
         )
+
+
+def _said(moves: pd.DataFrame, *, threshold: float, run: int) -> str:
+    """Return in words which trait moves first, or that none does and which differs most."""
+    first = moves.iloc[0] if len(moves) else None
+    if first is not None and pd.notna(first["moved_at"]):
+        after = int(first["tokens_after"])
+        when = "at once" if after == 0 else f"{after} token{'' if after == 1 else 's'} later"
+        alone = " at that token alone" if run == 1 else ""
+        return f"{first['direction']} moves first, {when}, beyond {threshold:g} SD{alone}"
+    if first is None or pd.isna(first["peak"]):
+        return "no trait is scored in both after it"
+    return f"no trait moves beyond {threshold:g} SD, most {first['direction']} by {abs(first['peak']):.1f} SD"
 
 
 def _around(fork: int, length: int) -> tuple[int, int]:

@@ -35,8 +35,11 @@ HONEST = ("honest", "truthful", "control", "baseline", "none", "false", "no", "0
 """Values of a label that stand for the side that others are compared with, best first."""
 SINK = 4
 """First tokens left out where a scale is taken: they dwarf all others in many models."""
-MOVED = (3.0, 2.0, 1.0)
-"""Standard deviations: the first that any direction goes beyond is what is said."""
+MOVED = ((3.0, 2), (2.0, 2), (3.0, 1), (2.0, 1), (1.0, 1))
+"""Standard deviations, and for how many tokens in a row: the first by which any direction has moved is what is said.
+
+The rarer by chance the earlier. After some forks only a few tokens follow, of which one alone says it.
+"""
 EVERY_PAIR = 8
 """Of families of at most so many rollouts all pairs are offered; of larger ones neighbours."""
 
@@ -137,10 +140,10 @@ def smoothed_at_forks(values: xr.DataArray, window: int, *, forks: Mapping[str, 
     return values.copy(data=out)
 
 
-def first_moves(aligned: xr.DataArray, *, threshold: float = MOVED[0]) -> pd.DataFrame:
+def first_moves(aligned: xr.DataArray, *, threshold: float = 3.0, run: int = 2) -> pd.DataFrame:
     """Say for every direction where the second rollout first leaves the first one, after the fork.
 
-    A direction has moved from the first of two tokens in a row at which the difference is, on the same side, beyond
+    A direction has moved from the first of `run` tokens in a row at which the difference is, on the same side, beyond
     `threshold` standard deviations of the first rollout over the shared prefix (its first four tokens left out, the
     whole rollout taken where the prefix is shorter than eight).
 
@@ -150,12 +153,14 @@ def first_moves(aligned: xr.DataArray, *, threshold: float = MOVED[0]) -> pd.Dat
         From `aligned_curves`, of unsmoothed values.
     threshold : float
         In standard deviations.
+    run : int
+        Tokens in a row, 1 or 2.
 
     Returns
     -------
     DataFrame
-        direction, moved_at (position; NaN where it never did), tokens_after (from the fork), difference there and peak
-        (the largest after the fork) in standard deviations; the first to move first.
+        direction, moved_at (position; NaN where it never did), tokens_after (from the fork), difference there, peak
+        (the largest after the fork) in standard deviations and its position peak_at; the first to move first.
     """
     fork = int(aligned.attrs["fork"])
     first, second = (aligned.values[i].astype(np.float64) for i in (0, 1))
@@ -166,11 +171,11 @@ def first_moves(aligned: xr.DataArray, *, threshold: float = MOVED[0]) -> pd.Dat
     rows = []
     for j, direction in enumerate(aligned.direction.values):
         values = after[:, j][np.isfinite(after[:, j])]
-        at = _moved(values, threshold)
-        peak = float(values[np.argmax(np.abs(values))]) if len(values) else float("nan")
+        at = _moved(values, threshold, run=run)
+        top = int(np.argmax(np.abs(values))) if len(values) else None
         there = (fork + at, at, values[at]) if at is not None else (np.nan, np.nan, np.nan)
-        rows.append((str(direction), *there, peak))
-    found = pd.DataFrame(rows, columns=["direction", "moved_at", "tokens_after", "difference", "peak"])
+        rows.append((str(direction), *there, *((np.nan, np.nan) if top is None else (values[top], fork + top))))
+    found = pd.DataFrame(rows, columns=["direction", "moved_at", "tokens_after", "difference", "peak", "peak_at"])
     return found.sort_values(["moved_at", "peak"], key=_largest_last, kind="stable").reset_index(drop=True)
 
 
@@ -178,9 +183,9 @@ def _largest_last(column: "pd.Series[float]") -> "pd.Series[float]":
     return -column.abs() if column.name == "peak" else column
 
 
-def _moved(values: Float, threshold: float) -> int | None:
+def _moved(values: Float, threshold: float, *, run: int) -> int | None:
     beyond = np.abs(values) > threshold
-    moved = np.flatnonzero(beyond[:-1] & beyond[1:] & (values[:-1] * values[1:] > 0))
+    moved = np.flatnonzero(beyond if run == 1 else beyond[:-1] & beyond[1:] & (values[:-1] * values[1:] > 0))
     return int(moved[0]) if len(moved) else None
 
 

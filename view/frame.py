@@ -3,19 +3,24 @@
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import panel as pn
 
+from datastore.errors import DatastoreError
+from experiments.errors import ExperimentError
 from view.model import Model, Models
 from view.plots import Look
 from view.state import State
 
-__all__ = ["NUMBERS", "Host", "View", "later", "soon"]
+__all__ = ["ERRORS", "NUMBERS", "Host", "View", "later", "soon"]
 
 R = TypeVar("R")
 NUMBERS = frozenset({"store", "mode", "smooth", "centred", "velocity", "clean"})
 """What changes the values that are drawn."""
+ERRORS = (DatastoreError, ExperimentError)
+"""What is told in a sentence above the views."""
 
 
 class Host(Protocol):
@@ -36,6 +41,9 @@ class Host(Protocol):
     def reload(self) -> None:
         """Show the store as it is now."""
 
+    def say(self, sentence: str) -> None:
+        """Show a sentence above the views; nothing where it is empty."""
+
     def column(self) -> int:
         """The direction of the chosen trait and layer, as a place in the table of directions; -1 without any."""
 
@@ -50,6 +58,7 @@ class View(ABC):
 
     def __init__(self, page: Host) -> None:
         self.page = page
+        self._newest: dict[str, object] = {}
 
     @property
     def state(self) -> State:
@@ -74,6 +83,19 @@ class View(ABC):
     def update(self, changed: frozenset[str]) -> None:
         """Draw what depends on these fields of the state."""
 
+    def later(self, compute: Callable[[], R], done: Callable[[R], None]) -> None:
+        """Compute in a thread, then draw; what the same was asked for again meanwhile, or given up, is not drawn.
+
+        Threads end in any order: what was asked for first must not replace what was asked for last.
+        """
+        name = done.__name__
+        mine = self._newest[name] = object()
+        later(compute, lambda found: done(found) if self._newest.get(name) is mine else None, failed=self.page.say)
+
+    def give_up(self) -> None:
+        """Draw nothing of what is still being computed."""
+        self._newest.clear()
+
 
 def soon(draw: Callable[[], None]) -> None:
     """Draw with the lock of the page's document held, which a widget's own callback may not hold."""
@@ -84,16 +106,19 @@ def soon(draw: Callable[[], None]) -> None:
         doc.add_next_tick_callback(draw)
 
 
-def later(compute: Callable[[], R], done: Callable[[R], None]) -> None:
-    """Compute in a thread, then draw; at once where there is no server that would wait for it."""
+def later(compute: Callable[[], R], done: Callable[[R], None], *, failed: Callable[[str], None]) -> None:
+    """Compute in a thread, then draw, or say why not; at once where there is no server that would wait for it."""
     doc: Any = pn.state.curdoc
     if doc is None or doc.session_context is None:
         done(compute())
         return
 
     def work() -> None:
-        found = compute()
+        try:
+            then = partial(done, compute())
+        except ERRORS as error:
+            then = partial(failed, str(error))
         if doc.session_context is not None and not doc.session_context.destroyed:
-            doc.add_next_tick_callback(lambda: done(found))
+            doc.add_next_tick_callback(then)
 
     threading.Thread(target=work, daemon=True).start()

@@ -9,7 +9,7 @@ import panel as pn
 import project
 from project import derive
 from view import comparing
-from view.frame import NUMBERS, Host, View, later
+from view.frame import NUMBERS, Host, View
 from view.plots import Lines
 from view.summaries import sample, summarise
 from view.tables import html, plain
@@ -75,12 +75,14 @@ class Groups(View):
         if not changed & (NUMBERS | {"trait", "layer", "label", "reference", "per", "against"}):
             return
         if not model.scored or not groups:
+            self.give_up()
             self.plot.draw([], {})
+            self.effects.value = pd.DataFrame(columns=list(EFFECTS))
             self.note.object = "<p>Groups need scores and a label of the rollouts.</p>"
             return
-        later(self._curves, self._draw)
+        self.later(self._curves, self._draw)
         if changed & (NUMBERS | {"label", "reference", "traits"}):
-            later(self._effects, self._show)
+            self.later(self._effects, self._show)
 
     def _curves(self) -> tuple[str, pd.DataFrame, int]:
         """The table that is drawn: group, x, mean, low, high; of how many rollouts."""

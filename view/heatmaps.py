@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import panel as pn
 
-from view.frame import NUMBERS, Host, View, later
+from view.frame import NUMBERS, Host, View
 from view.plots import Heatmap
 from view.summaries import Summary, captured, summarise
 from view.tables import html
@@ -89,9 +89,11 @@ class Heatmaps(View):
         state, model = self.state, self.model
         if changed & (NUMBERS | {"rollout", "trait", "traits", "layer"}):
             self._draw_tokens()
-        if changed & {"store", "mode", "clean", "centred", "velocity", "traits", "layer"} and model.scored:
+        if "store" in changed and not model.scored:
+            self._no_rollouts()
+        elif changed & {"store", "mode", "clean", "centred", "velocity", "traits", "layer"} and model.scored:
             how = state.treatment
-            later(lambda: summarise(model, how), self._draw_rollouts)
+            self.later(lambda: summarise(model, how), self._draw_rollouts)
         elif "part" in changed and self._summary is not None:
             self._draw_rollouts(self._summary)
         at = state.token if state.token >= 0 else None
@@ -109,6 +111,12 @@ class Heatmaps(View):
             plot.draw(shown.T, rows, unit=how.mode, skip=4)
             what = "Traits" if by == "trait" else f"Layers of {state.trait}"
             plot.plot.title.text = f"{what}, {state.rollout}: values less each row's median"
+
+    def _no_rollouts(self) -> None:
+        self.give_up()
+        self._summary, self._names = None, []
+        self.part.of(0)
+        self.rollouts.draw(np.empty((0, 0), np.float32), [], named_columns=True)
 
     def _draw_rollouts(self, found: Summary) -> None:
         table, state = self.model.directions, self.state

@@ -122,6 +122,11 @@ class Model:
         names = {name for column, many in columns.items() if column.kind == "score" for name in many}
         return [name for name in map(str, self.store.cells.ids) if name in names]
 
+    @property
+    def first(self) -> str:
+        """The rollout that is shown where none is asked for; nothing where there is none."""
+        return (self.scored or [str(name) for name in self.rollouts.index[:1]] or [""])[0]
+
     @cached_property
     def directions(self) -> pd.DataFrame:
         """The directions along which anything is scored: direction (its label), trait, layer, component, method..."""

@@ -9,7 +9,7 @@ import panel as pn
 import xarray as xr
 
 import project
-from view.frame import NUMBERS, Host, View, later
+from view.frame import NUMBERS, Host, View
 from view.model import Model
 from view.plots import SINK, Heatmap, Lines
 from view.summaries import calibration_tables, sample
@@ -49,7 +49,7 @@ class Correlation(View):
         state, model = self.state, self.model
         every = state.scope == "all rollouts"
         if not (model.scored if every else model.is_scored(state.rollout)):
-            self._found = None
+            self._found = self._asked = None
             self.matrix.draw(np.empty((0, 0), np.float32), [])
             self.decay.draw([], {})
             return
@@ -57,7 +57,7 @@ class Correlation(View):
             names, how = tuple(sample(model, tokens=MOST_TOKENS)) if every else (state.rollout,), state.treatment
             self._asked = (model, names, how)
             find = partial(_correlated, *self._asked)
-            later(find, self._take) if every else self._take(find())
+            self.later(find, self._take) if every else self._take(find())
         elif changed & {"lag", "trait", "traits", "layer"}:
             self._draw()
 

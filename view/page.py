@@ -1,19 +1,18 @@
 """The page: one Bokeh document for each visitor, with the controls beside the four views and the text below them."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import panel as pn
 
-from datastore.errors import DatastoreError
 from datastore.query import Store
-from experiments.errors import ExperimentError
 from view.browser import Browser
 from view.compare_view import CompareView
 from view.controls import Controls
-from view.frame import NUMBERS, View, later, soon
+from view.frame import ERRORS, NUMBERS, View, later, soon
 from view.model import Model, Models
 from view.overview import Overview
 from view.plots import Look
@@ -29,7 +28,6 @@ __all__ = ["Page", "app", "document"]
 STATIC = Path(__file__).with_name("static")
 WATCHED = [*FIELDS, "others"]
 LOOK_AGAIN_MS = 5000
-Errors = (DatastoreError, ExperimentError)
 
 
 class Page:
@@ -97,7 +95,7 @@ class Page:
             for name in (state.trait, *state.traits)
             if name and name not in traits
         ]
-        shown = state.rollout if state.rollout in ids else (model.scored or [str(name) for name in ids[:1]] or [""])[0]
+        shown = state.rollout if state.rollout in ids else model.first
         label = state.label if state.label in model.labels else next(iter(model.labels), "")
         fields = {
             "rollout": shown,
@@ -160,7 +158,7 @@ class Page:
         try:
             self._show_view(changed)
             self._show_text(changed)
-        except Errors as error:
+        except ERRORS as error:
             self.say(str(error))
         self.browser.query = self._query()
 
@@ -218,7 +216,8 @@ class Page:
         values, labels = model.values(rollout, how), list(map(str, model.directions["direction"]))
         known = model.kept(("percentiles", how))
         if known is None:
-            later(lambda: percentiles(model, how), lambda found: self._add_percentiles(model, how, found))
+            add = partial(self._add_percentiles, model, how)
+            later(lambda: percentiles(model, how), add, failed=self.say)
         return numbers_of(values, labels, unit=how.unit, quantiles=known)
 
     def _add_percentiles(self, model: Model, how: Any, found: Any) -> None:
@@ -247,7 +246,7 @@ class Page:
         """Offer to reload where the store has changed since it was opened."""
         try:
             self.controls.offer_reload(self.model.changed())
-        except Errors as error:  # it was taken away, or is no store any more
+        except ERRORS as error:  # it was taken away, or is no store any more
             self.say(str(error))
 
     def reload(self) -> None:

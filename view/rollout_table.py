@@ -7,7 +7,7 @@ import pandas as pd
 import panel as pn
 from bokeh.models import HTMLTemplateFormatter
 
-from view.frame import NUMBERS, Host, View, later
+from view.frame import NUMBERS, Host, View
 from view.summaries import Summary, strongest, summarise
 from view.tables import clickable, html
 from view.treatment import picked
@@ -71,15 +71,15 @@ class RolloutTable(View):
             return
         if "store" in changed:
             self._summary = None
+            self.give_up()
             self._show()
         model, how = self.model, self.state.treatment
         if model.scored:
-            later(lambda: (model, summarise(model, how)), self._add)
+            self.later(lambda: summarise(model, how), self._add)
 
-    def _add(self, found: "tuple[Any, Summary]") -> None:
-        model, self._summary = found
-        if model is self.model:
-            self._show()
+    def _add(self, found: Summary) -> None:
+        self._summary = found
+        self._show()
 
     def _show(self) -> None:
         model = self.model
@@ -147,6 +147,7 @@ class Spans(View):
             return
         state, model, at = self.state, self.model, self.page.column()
         if at < 0 or (state.scope == "this rollout" and not model.is_scored(state.rollout)):
+            self.give_up()
             self._show(pd.DataFrame(columns=list(SPANS)))
             return
         direction, how = str(model.directions["direction"].iloc[at]), state.treatment
@@ -160,7 +161,7 @@ class Spans(View):
             peaks = None if one is not None else summarise(model, how, segment=None).peaks[direction]
             return strongest(model, how, direction, by=by, window=window, rollout=one, peaks=peaks)
 
-        later(find, self._show)
+        self.later(find, self._show)
 
     def _show(self, found: pd.DataFrame) -> None:
         self.table.value = found

@@ -8,7 +8,7 @@ import panel as pn
 
 from datastore.errors import MisuseError
 from project.modeldiff import difference
-from view.frame import NUMBERS, Host, View, later
+from view.frame import NUMBERS, Host, View
 from view.model import Model
 from view.plots import Lines
 from view.store_diff import Compared, compared
@@ -67,10 +67,11 @@ class Stores(View):
             self._draw(other)
         if changed & (NUMBERS | {"other_store", "traits"}):
             model, how = self.model, state.treatment
-            later(lambda: compared(model, other, how), self._show)
+            self.later(lambda: compared(model, other, how), self._show)
         self.plot.show_cursor(state.token if state.token >= 0 else None)
 
     def _nothing(self, why: str) -> None:
+        self.give_up()
         self.note.object = f"<p>{why}</p>"
         self.plot.draw([], {})
         self.table.value = pd.DataFrame(columns=list(TABLE))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from tests import house
 
-__all__ = ["Viewer", "browser", "click_plot", "running", "same", "until", "visiting"]
+__all__ = ["Viewer", "browser", "click_plot", "running", "same", "shows", "until", "visiting"]
 
 T = TypeVar("T")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -32,7 +33,9 @@ FLAGS = [
     "--force-color-profile=srgb",
 ]
 AXE = Path(__file__).parents[1] / "data" / "axe_core" / "axe.min.js"
-PATIENCE = 30.0
+PATIENCE = 90.0
+"""Seconds until a test gives up; on a machine with nothing else to do none of them waits for even two."""
+ENDING = 120.0
 
 MODELS = """
 const models = () => Bokeh.documents.flatMap((doc) => [...doc._all_models.values()]);
@@ -127,9 +130,11 @@ class Viewer:
         if one.type in ("error", "warning"):
             self.errors.append(one.text)
 
-    def rows(self, text: str | None = None) -> Any:
-        """The rows of the tables that are shown."""
+    def rows(self, text: str | None = None, *, column: str | None = None) -> Any:
+        """The rows of the tables that are shown; of the one that has such a column."""
         rows = self.page.locator(".tabulator-row:visible")
+        if column is not None:
+            rows = rows.filter(has=self.page.locator(f".tabulator-cell[tabulator-field={column}]"))
         return rows if text is None else rows.filter(has_text=text)
 
     def cells(self, row: Any) -> Any:
@@ -177,26 +182,53 @@ def same(viewer: Viewer, name: str, wanted: Mapping[str, Any], *, atol: float = 
         np.testing.assert_allclose(found[key], wanted[key], err_msg=f"{name}, {key}", **close)
 
 
+def shows(viewer: Viewer, name: str, wanted: Mapping[str, Any], *, rtol: float = 2e-4, atol: float = 2e-6) -> None:
+    """Wait until a figure shows these curves, whatever comes after their ends and whatever else it shows."""
+
+    def right(found: Mapping[str, Any]) -> bool:
+        sides = [(found.get(key, np.empty(0))[: len(values)], values) for key, values in wanted.items()]
+        return all(a.shape == b.shape and np.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True) for a, b in sides)
+
+    found = until(lambda: viewer.lines(name), right, page=viewer.page)
+    for key, values in wanted.items():
+        assert key in found, f"{name} shows {list(found)}, and not {key}"
+        close: dict[str, Any] = {"rtol": rtol, "atol": atol, "err_msg": f"{name}, {key}"}
+        np.testing.assert_allclose(found[key][: len(values)], values, **close)
+
+
 def click_plot(viewer: Viewer, name: str, x: float, y: float) -> None:
-    """Click a place of a figure."""
-    viewer.page.mouse.click(*viewer.evaluate(PIXEL, [name, x, y]))
+    """Click a place of a figure, once it stands still: tables that are filled above it push it down."""
+    places = [viewer.evaluate(PIXEL, [name, x, y])]
+
+    def still(found: Any) -> bool:
+        places.append(found)
+        return len(places) > 4 and places[-4:] == [found] * 4
+
+    until(lambda: viewer.evaluate(PIXEL, [name, x, y]), still, page=viewer.page)
+    viewer.page.mouse.click(*places[-1])
 
 
 @contextlib.contextmanager
 def running(stores: Sequence[Path], *options: str) -> Iterator[str]:
     """Serve stores on a free port in a process of its own; yield the address."""
     command = [sys.executable, "-m", "view", *map(str, stores), "--port", "0", *options]
-    with subprocess.Popen(
-        command, cwd=house.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+") as said,  # a pipe that nobody reads would be full one day
+        subprocess.Popen(command, cwd=house.ROOT, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+    ):
         assert process.stdout is not None
         line = process.stdout.readline()
         try:
-            assert line.startswith("serving http://"), process.stderr.read() if process.stderr else line
+            if not line.startswith("serving http://"):
+                said.seek(0)
+                raise AssertionError(f"the server said {line!r} and {said.read()}")
             yield line.split()[1].rstrip("/")
         finally:
             process.terminate()
-            process.communicate(timeout=30)
+            process.communicate(timeout=ENDING)
+        said.seek(0)
+        told = said.read()
+        assert "Traceback" not in told, told
 
 
 @contextlib.contextmanager

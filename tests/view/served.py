@@ -163,7 +163,7 @@ class Server(NamedTuple):
     def get(self, path: str, *, method: str = "GET", headers: Mapping[str, str] | None = None, **query: Any) -> Answer:
         """Send a request, its path as it stands, with the query's parameters; lists repeat theirs."""
         line = self.base + path + ("?" + urlencode(query, doseq=True) if query else "")
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=180)
         try:
             connection.putrequest(method, line, skip_host="Host" in (headers or {}))
             for name, value in (headers or {}).items():
@@ -203,7 +203,7 @@ def running(paths: Sequence[Path], **settings: Any) -> Iterator[Server]:
     started = context.Process(target=_run, args=(list(paths), settings, theirs))
     started.start()
     try:
-        assert ours.poll(60), "the server did not start"
+        assert ours.poll(180), "the server did not start"
         yield Server("127.0.0.1", ours.recv())
     finally:
         started.terminate()

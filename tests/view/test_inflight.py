@@ -58,7 +58,7 @@ def serving(store: datastore.Store, budget: Budget, *, limits: Limits | None = N
 
 def asked(port: int, path: str = SLICE) -> http.client.HTTPConnection:
     """A request that is sent, and whose answer is not read yet."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=180)
     connection.request("GET", path, headers={"Accept": NPY})
     return connection
 

@@ -128,6 +128,9 @@ def test_a_move_is_two_tokens_in_a_row_on_one_side() -> None:
     (found,) = comparing.first_moves(aligned).to_dict("records")
     assert (found["moved_at"], found["tokens_after"]) == (26, 8)
     assert found["difference"] == second[26] - still[26]
+    assert (found["peak"], found["peak_at"]) == (-10.0, 26)
+    (found,) = comparing.first_moves(aligned, run=1).to_dict("records")
+    assert (found["moved_at"], found["tokens_after"]) == (20, 2)
 
 
 @pytest.mark.parametrize(

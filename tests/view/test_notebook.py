@@ -39,7 +39,9 @@ def outputs(store: datastore.Store) -> list[list[Any]]:
     """What each cell of the notebook put out."""
     made: Any = nbformat.v4
     notebook = made.new_notebook(cells=[made.new_code_cell(cell.format(path=str(store.path))) for cell in CELLS])
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(house.ROOT)}}).execute()
+    NotebookClient(
+        notebook, timeout=600, startup_timeout=300, resources={"metadata": {"path": str(house.ROOT)}}
+    ).execute()
     return [list(cell["outputs"]) for cell in notebook["cells"]]
 
 

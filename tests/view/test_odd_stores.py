@@ -142,6 +142,7 @@ def test_cleaning_without_a_calibration_says_what_to_run(viewer: Viewer) -> None
     viewer.field("Massive dimensions taken out").select_option("all")
     viewer.page.get_by_text("no calibration of residual says which dimensions are massive").wait_for()
     viewer.field("Massive dimensions taken out").select_option("none")
+    viewer.page.get_by_text("says which dimensions are massive").wait_for(state="hidden")
     assert until(lambda: viewer.lines("scores"), bool, page=viewer.page)
 
 
@@ -163,7 +164,7 @@ def test_an_address_outlives_a_change_of_the_store(viewer: Viewer, kept: Path) -
     store = datastore.open(kept / "changing.zarr")
     curves = {f"{trait}@4": oracle.drawn(store, "g1-lie", f"{trait}@4", mode="raw", smooth=1) for trait in ORDER}
     same(viewer, "scores", curves)
-    assert viewer.page.evaluate("location.search") == address
+    assert until(lambda: viewer.page.evaluate("location.search"), lambda q: q == address, page=viewer.page) == address
     viewer.open(address)  # what was kept before the change shows the same after it
     same(viewer, "scores", curves)
     assert viewer.page.locator(".t.pinned").get_attribute("data-i") == "45"
@@ -236,7 +237,7 @@ def test_one_file_needs_no_server(served: tuple[Any, str], kept: Path, tmp_path:
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run the command line."""
     return subprocess.run(
-        [sys.executable, "-m", "view", *arguments], cwd=house.ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "view", *arguments], cwd=house.ROOT, capture_output=True, text=True, timeout=300
     )
 
 

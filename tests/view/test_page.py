@@ -117,8 +117,8 @@ def test_bands_marks_and_the_range_of_the_curves(viewer: Viewer, store: datastor
     assert set(found) == {"residual@4", "residual@8", "residual@12"}
     click_plot(viewer, "scores", 44, (low + high) / 2)
     assert until(lambda: viewer.marks("scores").get("cursor"), lambda at: at == 44, page=viewer.page) == 44
-    assert viewer.marks("norms")["cursor"] == 44
-    assert viewer.page.locator(".t.pinned").get_attribute("data-i") == "44"
+    assert until(lambda: viewer.marks("norms").get("cursor"), lambda at: at == 44, page=viewer.page) == 44
+    viewer.page.locator(".t.pinned[data-i='44']").wait_for()
 
 
 def test_tokens_are_shaded_by_the_trait(viewer: Viewer, store: datastore.Store) -> None:
@@ -180,7 +180,7 @@ def test_pointing_pinning_stepping_and_searching(viewer: Viewer, store: datastor
     page.locator(".t[data-i='50']").hover()
     card = page.locator(".card")
     tokens = store.tokens("g0-lie")
-    assert card.get_attribute("data-at") == "50"
+    page.locator(".card[data-at='50']").wait_for()
     facts = card.locator("dd").all_text_contents()
     assert facts[1:4] == [str(tokens["token_id"][50]), "50", "assistant, turn 4, response"]
     rows = [row.split("\t") for row in card.locator("tbody tr").all_inner_texts()]
@@ -194,24 +194,28 @@ def test_pointing_pinning_stepping_and_searching(viewer: Viewer, store: datastor
     share = until(lambda: shares(card).get("bs/lying@4", ""), bool, page=page)
     assert abs(float(share) - 100 * (every < wanted["bs/lying@4"]).mean()) <= 1.5
     page.locator(".t[data-i='50']").click()
-    assert page.locator(".t.pinned").get_attribute("data-i") == "50"
+    page.locator(".t.pinned[data-i='50']").wait_for()
     for key, at in (("ArrowRight", "51"), ("ArrowRight", "52"), ("ArrowLeft", "51")):
         page.keyboard.press(key)
         page.locator(f".t.pinned[data-i='{at}']").wait_for()
     assert until(lambda: "token=51" in page.evaluate("location.search"), bool, page=page)
     text = store.text("g0-lie").lower()
     page.get_by_label("Search the text").fill("DID ")
-    assert page.locator(".count").inner_text() == f"{text.count('did ')} found"
+    page.locator(".count", has_text=f"{text.count('did ')} found").wait_for()
+
+    def pinned() -> int:
+        return int(page.locator(".t.pinned").get_attribute("data-i") or -1)
+
     page.get_by_label("Next match").click()
-    first = int(page.locator(".t.pinned").get_attribute("data-i") or -1)
+    first = until(pinned, lambda at: at != 51, page=page)
     assert tokens["text"][first] == "did "
     page.get_by_label("Search the text").press("Enter")
-    second = int(page.locator(".t.pinned").get_attribute("data-i") or -1)
-    assert second > first
+    assert until(pinned, lambda at: at > first, page=page) > first
     page.get_by_label("Match before").click()
-    assert page.locator(f".t.pinned[data-i='{first}']").count() == 1
+    page.locator(f".t.pinned[data-i='{first}']").wait_for()
+    assert until(lambda: page.evaluate("location.search"), lambda q: f"token={first}" in q, page=page)
     page.get_by_label("Search the text").press("ArrowRight")  # in the field it moves the caret, not the token
-    assert page.locator(f".t.pinned[data-i='{first}']").count() == 1
+    assert pinned() == first
 
 
 def shares(card: Any) -> dict[str, str]:
@@ -246,10 +250,10 @@ def test_a_pair_is_offered_and_compared(viewer: Viewer, store: datastore.Store) 
     assert (
         until(lambda: viewer.field("Compare with (ids, by commas)").input_value(), bool, page=viewer.page) == "g1-lie"
     )
-    row = viewer.rows("g2-honest")
-    assert viewer.cells(row).all_inner_texts()[:6] == [
-        "g2-honest", "g2-lie", "40", "56%", "honest", "fabrication",
-    ]  # fmt: skip
+    row = viewer.rows("g2-honest", column="fork")
+    wanted = ["g2-honest", "g2-lie", "40", "56%", "honest", "fabrication"]
+    shown = until(lambda: viewer.cells(row).all_inner_texts()[:6], lambda cells: cells == wanted, page=viewer.page)
+    assert shown == wanted
     viewer.cells(row).first.click()
     curves = [oracle.drawn(store, name, "bs/lying@4", smooth=1) for name in ("g2-honest", "g2-lie")]
     same(viewer, "rollouts", {"g2-honest (honest)": curves[0], "g2-lie (fabrication)": curves[1]})
@@ -262,12 +266,13 @@ def test_a_pair_is_offered_and_compared(viewer: Viewer, store: datastore.Store) 
     assert viewer.marks("rollouts")["fork"] == stores.FORK - 0.5
     assert viewer.marks("difference")["fork"] == stores.FORK - 0.5
     heading = viewer.page.locator("h2", has_text="They part at token 40").inner_text()
-    assert re.search(r"bs/lying@\d moves first, 2 tokens later", heading)
+    assert re.search(r"bs/lying@\d moves first, 2 tokens later, beyond 3 SD$", heading)
     moved = viewer.cells(viewer.rows("bs/evasion@4"))
     assert int(moved.nth(1).inner_text()) in (8, 9, 10)  # planted 9 tokens after
-    sides = viewer.page.locator(".sides mark").all_inner_texts()
     texts = [store.tokens(name)["text"].tolist() for name in ("g2-honest", "g2-lie")]
-    assert [side.split() for side in sides] == ["".join(text[stores.FORK :]).split() for text in texts]
+    ends = ["".join(text[stores.FORK :]).split() for text in texts]
+    sides = lambda: [side.split() for side in viewer.page.locator(".sides mark").all_inner_texts()]  # noqa: E731
+    assert until(sides, lambda found: found == ends, page=viewer.page) == ends
     others = viewer.field("Compare with (ids, by commas)")
     others.fill("")
     others.press_sequentially("g0-lie, g1-lie")
@@ -289,7 +294,8 @@ def test_a_click_on_a_trait_shows_it_where_it_moved(viewer: Viewer, store: datas
     same(viewer, "rollouts", {"g2-honest (honest)": curves[0], "g2-lie (fabrication)": curves[1]})
     seen = np.concatenate([curve[stores.FORK - 32 :] for curve in curves])  # what is shown, and so what has the height
     wanted = (seen.min() - 0.15 * np.ptp(seen), seen.max() + 0.15 * np.ptp(seen))
-    assert tuple(viewer.evaluate(RANGE, "rollouts")) == pytest.approx(wanted, rel=1e-3)
+    fits = pytest.approx(wanted, rel=1e-3)
+    assert until(lambda: tuple(viewer.evaluate(RANGE, "rollouts")), lambda f: f == fits, page=viewer.page) == fits
 
 
 def test_groups_with_bands_and_effect_sizes(viewer: Viewer, store: datastore.Store) -> None:
@@ -306,9 +312,8 @@ def test_groups_with_bands_and_effect_sizes(viewer: Viewer, store: datastore.Sto
     for start in (-8, 0, 8, 20):
         at = int(np.flatnonzero(offsets == start)[0])
         assert found["fabrication"][at] == pytest.approx(binned(lies, start), rel=1e-3)
-    row = viewer.cells(viewer.rows("bs/lying@4"))
-    row.first.wait_for()
-    cells = row.all_inner_texts()
+    row = viewer.cells(viewer.rows("bs/lying@4", column="effect_size"))
+    cells = until(row.all_inner_texts, lambda texts: len(texts) == 10 and bool(texts[9]), page=page)
     means = {
         kind: np.array([oracle.drawn(store, f"g{i}-{kind}", "bs/lying@4", smooth=1)[20:].mean() for i in range(4)])
         for kind in ("honest", "lie")
@@ -319,11 +324,11 @@ def test_groups_with_bands_and_effect_sizes(viewer: Viewer, store: datastore.Sto
     assert cells[1:3] == ["4", "4"]
     assert cells[9] == "1"
     viewer.field("Along").select_option("turn")
-    by_turn = until(lambda: viewer.lines("groups"), lambda f: len(f.get("honest", [])) == 5, page=page)
+    by_turn = until(lambda: viewer.lines("groups"), partial(long, count=5), page=page)
     last = np.concatenate([oracle.drawn(store, name, "bs/lying@4", smooth=1)[36:] for name in lies])
     assert by_turn["fabrication"][4] == pytest.approx(last.mean(), rel=1e-4)
     viewer.field("Along").select_option("annotation")
-    by_label = until(lambda: viewer.lines("groups"), lambda f: len(f.get("fabrication", [])) == 2, page=page)
+    by_label = until(lambda: viewer.lines("groups"), partial(long, count=2), page=page)
     spans = np.concatenate([oracle.drawn(store, name, "bs/lying@4", smooth=1)[42:48] for name in lies])
     assert by_label["fabrication"][1] == pytest.approx(spans.mean(), rel=1e-4)
     viewer.field("Compared with").select_option("fabrication")
@@ -332,6 +337,11 @@ def test_groups_with_bands_and_effect_sizes(viewer: Viewer, store: datastore.Sto
     viewer.field("Group by").select_option("stakes")
     sets = until(lambda: set(viewer.lines("groups")), lambda f: f == {"0", "1", "2"}, page=page)
     assert sets == {"0", "1", "2"}
+
+
+def long(lines: dict[str, Any], *, count: int) -> bool:
+    """Whether both groups have a value at so many places."""
+    return [len(lines.get(name, ())) for name in ("honest", "fabrication")] == [count, count]
 
 
 def test_two_stores(viewer: Viewer) -> None:
@@ -352,19 +362,16 @@ def test_the_table_of_rollouts(viewer: Viewer, store: datastore.Store) -> None:
     row = viewer.cells(viewer.rows("g1-lie"))
     ids_shown = page.locator(".tabulator-cell[tabulator-field=rollout]:visible")
     mean = oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=1)[20:].mean()
-    text = until(lambda: row.all_inner_texts(), lambda cells: len(cells) == 8, page=page)
+    text = until(lambda: row.all_inner_texts(), lambda cells: len(cells) == 8 and bool(cells[3]), page=page)
     assert text[:3] + text[5:] == ["g1-lie", "72", "fabrication", "single_turn", "audit", "1"]
     assert float(text[3]) == pytest.approx(mean, rel=6e-3)
     page.get_by_role("columnheader", name="lying@4 mean").locator(".tabulator-col-sorter").click()
-    ids = until(
-        lambda: ids_shown.all_inner_texts(),
-        lambda t: t[:1] != ["g0-honest"],
-        page=page,
-    )
     means = {
         name: oracle.drawn(store, name, "bs/lying@4", smooth=1)[20:].mean() for name in map(str, store.rollouts.index)
     }
-    assert ids == sorted(means, key=lambda name: means[name])
+    ranked = sorted(means, key=lambda name: means[name])
+    assert ranked[0] != "g0-honest"
+    assert until(lambda: ids_shown.all_inner_texts(), lambda ids: ids == ranked, page=page) == ranked
     page.get_by_label("Filter label").fill("fabr")
     page.get_by_label("Filter label").press("Enter")
     kept = until(lambda: ids_shown.all_inner_texts(), lambda t: len(t) == 4, page=page)
@@ -381,7 +388,7 @@ def test_heatmaps_and_spans(viewer: Viewer, store: datastore.Store) -> None:
     wanted = lying - np.median(lying[4:])
     image = until(lambda: viewer.evaluate(IMAGE, "trait-by-token"), lambda found: len(found) == 3 * 72, page=page)
     np.testing.assert_allclose(np.array(image, float).reshape(3, 72)[1], wanted, rtol=1e-3, atol=1e-6)
-    assert len(viewer.evaluate(IMAGE, "layer-by-token")) == 2 * 72
+    assert until(lambda: len(viewer.evaluate(IMAGE, "layer-by-token")), lambda n: n == 2 * 72, page=page) == 2 * 72
     assert until(lambda: len(viewer.evaluate(IMAGE, "trait-by-rollout")), lambda n: n == 3 * 8, page=page) == 24
     click_plot(viewer, "trait-by-token", 44.5, 1.5)
     page.locator(".t.pinned[data-i='44']").wait_for()
@@ -403,8 +410,10 @@ def test_heatmaps_and_spans(viewer: Viewer, store: datastore.Store) -> None:
         peaks[name] = np.abs(values[4:]).max()
     top = max(peaks, key=lambda name: peaks[name])
     assert until(lambda: first.all_inner_texts()[:1], lambda c: c == [top], page=page) == [top]
+    span = until(first.all_inner_texts, lambda cells: len(cells) > 4 and cells[0] == top, page=page)
     viewer.field("Spans of").select_option("clause")
-    assert until(lambda: first.nth(4).inner_text(), lambda t: bool(t), page=page)
+    found = until(first.all_inner_texts, lambda cells: len(cells) > 4 and cells != span, page=page)
+    assert found[4].strip()[-1:] in tuple(".!?;,")
     first.nth(4).click()
     assert until(lambda: page.evaluate("location.search"), lambda q: "view=Transcript" in q, page=page)
 

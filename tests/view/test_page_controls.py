@@ -18,7 +18,7 @@ import datastore
 import project
 from experiments.direction import Direction
 from tests.view import oracle, stores
-from tests.view.browser import IMAGE, PIXEL, RANGE, Viewer, browser, click_plot, running, same, until, visiting
+from tests.view.browser import IMAGE, PIXEL, RANGE, Viewer, browser, click_plot, running, same, shows, until, visiting
 from view.model import Models
 from view.page import Page
 from view.state import VIEWS, State
@@ -202,8 +202,12 @@ def test_a_line_for_each_component(viewer: Viewer, kept: Path) -> None:
         rows = np.asarray(made.select(component, rollouts="g0-lie", layers=4).values, np.float64)
         unit = np.asarray(_of(component).values, np.float64)
         wanted[component] = rows @ (unit / np.linalg.norm(unit))
-    read = partial(viewer.lines, "scores")
-    found = until(read, lambda lines: len(lines) == 2, page=viewer.page)
+
+    def named(lines: dict[str, Any]) -> bool:
+        return all(len([name for name in lines if component in name]) == 1 for component in wanted)
+
+    found = until(partial(viewer.lines, "scores"), named, page=viewer.page)
+    assert len(found) == 2
     for component, curve in wanted.items():
         (name,) = [name for name in found if component in name]
         np.testing.assert_allclose(found[name], curve, rtol=2e-4, atol=1e-5)
@@ -215,9 +219,10 @@ def test_smoothing_steps_up_and_down(viewer: Viewer, store: datastore.Store) -> 
         viewer.page.get_by_label(name, exact=True).locator("visible=true").first.click()
         wanted = "" if window == 5 else str(window)  # 5 is as at first
         assert until(partial(asked, viewer, "smooth"), partial(str.__eq__, wanted), page=viewer.page) == wanted
-    values = oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=1)
-    found = until(lambda: viewer.lines("scores")["bs/lying@4"], lambda f: not np.allclose(f, values), page=viewer.page)
-    assert found.std() < values.std()
+    for _ in range(2):
+        viewer.page.get_by_label("less", exact=True).locator("visible=true").first.click()
+    same(viewer, "scores", {"bs/lying@4": oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=3)})
+    assert until(partial(asked, viewer, "smooth"), partial(str.__eq__, "2"), page=viewer.page) == "2"
 
 
 # -- curves ----------------------------------------------------------------------------------------------------------
@@ -235,7 +240,8 @@ def test_a_click_in_the_legend_hides_a_curve_and_shows_it_again(viewer: Viewer, 
     entry(viewer, "bs/lying").click()
     rest = {label: curve for label, curve in curves.items() if label != "bs/lying@4"}
     same(viewer, "scores", rest)
-    assert "bk-inactive" in entry(viewer, "bs/lying").get_attribute("class")
+    off = until(lambda: entry(viewer, "bs/lying").get_attribute("class"), lambda c: "inactive" in c, page=viewer.page)
+    assert "bk-inactive" in off
     viewer.field("Scores as").select_option("raw")  # what is hidden stays hidden when other numbers are drawn
     same(viewer, "scores", {label: oracle.drawn(store, "g1-lie", label, smooth=1, mode="raw") for label in rest})
     entry(viewer, "bs/lying").click()
@@ -246,10 +252,10 @@ def test_a_group_is_hidden_with_its_band(viewer: Viewer) -> None:
     viewer.open("?view=Compare&against=Groups&trait=bs/lying&smooth=1")
     page = viewer.page
     until(lambda: set(viewer.lines("groups")), lambda names: len(names) == 2, page=page)
-    assert viewer.evaluate(AREAS, "groups") == 2
+    assert until(lambda: viewer.evaluate(AREAS, "groups"), lambda count: count == 2, page=page) == 2
     entry(viewer, "honest").click()
     assert until(lambda: set(viewer.lines("groups")), lambda f: f == {"fabrication"}, page=page) == {"fabrication"}
-    assert viewer.evaluate(AREAS, "groups") == 1
+    assert until(lambda: viewer.evaluate(AREAS, "groups"), lambda count: count == 1, page=page) == 1
 
 
 AREAS = """(name) => Bokeh.documents[0].get_model_by_name(name).renderers
@@ -331,10 +337,17 @@ def test_a_point_of_a_curve_says_what_it_is(viewer: Viewer, store: datastore.Sto
     viewer.open("?view=Trajectories&rollout=g1-lie&smooth=1&traits=bs/lying")
     curve = oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=1)
     same(viewer, "scores", {"bs/lying@4": curve})
-    viewer.page.mouse.move(*viewer.evaluate(PIXEL, ["scores", 50, float(curve[50])]))
     tips = viewer.page.locator(".bk-Tooltip:visible")
     read = "all => all.map(one => [...one.shadowRoot.children].map(part => part.innerText ?? '').join(' '))"
-    said = until(lambda: tips.evaluate_all(read), lambda texts: bool(texts and "@4" in texts[0]), page=viewer.page)[0]
+
+    def pointed() -> list[str]:
+        x, y = viewer.evaluate(PIXEL, ["scores", 50, float(curve[50])])
+        viewer.page.mouse.move(x, y + 40)  # away and there again: a move of before the plot was drawn is no help
+        viewer.page.mouse.move(x, y)
+        found: list[str] = tips.evaluate_all(read)
+        return found
+
+    said = until(pointed, lambda texts: bool(texts and "@4" in texts[0]), page=viewer.page)[0]
     assert "bs/lying@4" in said
     assert str(store.tokens("g1-lie")["text"][50]).strip() in said
     words = re.findall(r"-?\d+(?:\.\d+)?", said.split("@4")[1].replace("\u2212", "-"))
@@ -349,6 +362,8 @@ def test_a_point_of_a_curve_says_what_it_is(viewer: Viewer, store: datastore.Sto
 def test_a_click_in_any_curve_pins_its_token(viewer: Viewer, view: str, figure: str) -> None:
     viewer.open(f"?view={view}&rollout=g1-honest&rollout=g1-lie&smooth=1")
     until(lambda: viewer.lines(figure), bool, page=viewer.page)
+    if view == "Compare":
+        viewer.rows(column="fork").first.wait_for()  # the pairs are above the plots
     low, high = viewer.evaluate(RANGE, figure)
     click_plot(viewer, figure, 47, (low + high) / 2)
     viewer.page.locator(".t.pinned[data-i='47']").wait_for()
@@ -493,13 +508,14 @@ def test_calibration_is_drawn_at_the_true_layers(viewer: Viewer, store: datastor
 def test_groups_along_the_roles(viewer: Viewer, store: datastore.Store) -> None:
     viewer.open("?view=Compare&against=Groups&trait=bs/lying&smooth=1")
     viewer.field("Along").select_option("role")
-    found = until(lambda: viewer.lines("groups"), lambda lines: len(lines.get("honest", ())) == 4, page=viewer.page)
     own = [*range(20, 30), *range(36, 72)]
     places = {"assistant": own, "system": range(8), "tool": range(30, 36), "user": range(8, 20)}
+    wanted = {}
     for kind, group in (("honest", "honest"), ("lie", "fabrication")):
         curves = [oracle.drawn(store, f"g{game}-{kind}", "bs/lying@4", smooth=1) for game in range(GAMES)]
-        wanted = [np.concatenate([curve[list(at)] for curve in curves]).mean() for at in places.values()]
-        np.testing.assert_allclose(found[group], wanted, rtol=1e-3)
+        wanted[group] = np.array([np.concatenate([c[list(at)] for c in curves]).mean() for at in places.values()])
+    shows(viewer, "groups", wanted, rtol=1e-3)
+    assert len(viewer.lines("groups")["honest"]) == 4
 
 
 # -- what is saved ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import datastore
 import project
 from datastore.schema import Rollout
 from tests.view import oracle, stores
-from tests.view.browser import IMAGE, Viewer, browser, click_plot, running, until, visiting
+from tests.view.browser import IMAGE, Viewer, browser, click_plot, running, shows, until, visiting
 
 GAMES = 4
 MANY, WHOLE = 2_050, 2_010
@@ -196,13 +196,11 @@ def test_correlations_of_all_rollouts_are_pooled_within_each(viewer: Viewer, sto
         np.array([oracle.drawn(store, name, label, smooth=1)[4:] for label in labels])
         for name in map(str, store.rollouts.index)
     ]
-    found = _image(viewer, "correlation", count=36).reshape(6, 6)
+    found = _image(viewer, "correlation", count=36).reshape(6, 6)  # drawn before its title
     np.testing.assert_allclose(found, _together(curves, 2), rtol=1e-4, atol=1e-5)
     row = labels.index("bs/lying@4")
-    lines = viewer.lines("correlation-by-lag")
-    for j, label in enumerate(labels):
-        wanted = [_together(curves, lag)[row, j] for lag in range(-10, 11)]
-        np.testing.assert_allclose(lines[label], wanted, rtol=1e-4, atol=1e-5)
+    by_lag = np.array([_together(curves, lag)[row] for lag in range(-10, 11)])
+    shows(viewer, "correlation-by-lag", dict(zip(labels, by_lag.T, strict=True)), rtol=1e-4, atol=1e-5)
     viewer.field("mood/calm").uncheck()
     part = _image(viewer, "correlation", count=16).reshape(4, 4)
     np.testing.assert_allclose(part, _together(curves, 2)[:4, :4], rtol=1e-4, atol=1e-5)

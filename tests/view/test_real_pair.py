@@ -7,9 +7,8 @@ computed here from the scores and the token ids.
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,12 @@ from numpy.typing import NDArray
 import datastore
 import project
 from tests import house
-from tests.view.browser import Viewer, browser, running, until, visiting
+from tests.view.browser import Viewer, browser, running, shows, until, visiting
 
 GAME = house.ROOT / "experiments" / "secret_number" / "data"
 MOST_TABS = 300
-SAID = re.compile(r"They part at token (\d+); (\S+) moves first, (\d+) tokens later, beyond (\d) SD")
+RULES = ((3, 2), (2, 2), (3, 1), (2, 1), (1, 1))
+"""Standard deviations, and for how many tokens in a row; the first rule by which anything moves is said."""
 FOCUSED = """() => {
   let one = document.activeElement;
   while (one?.shadowRoot?.activeElement) one = one.shadowRoot.activeElement;
@@ -50,9 +50,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> datastore.Store:
         ["project", path, "--vectors", str(GAME / "extraction"), "--steering", str(GAME / "steering")],
     ]
     for step in steps:
-        more = ["--layers", "best,best+1"] if step[0] == "project" else []
+        more = ["--layers", "best,best+1,4,5"] if step[0] == "project" else []
         command = [sys.executable, "-m", *step, *more]
-        subprocess.run(command, cwd=house.ROOT, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, cwd=house.ROOT, check=True, capture_output=True, timeout=900)
     return datastore.open(path)
 
 
@@ -83,22 +83,25 @@ def parting(store: datastore.Store, a: str, b: str) -> int:
     return next(i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y)
 
 
-def first_move(store: datastore.Store, a: str, b: str) -> tuple[str, int, int]:
-    """Say which direction first differs for two tokens in a row, how many tokens after the fork, beyond how many SD."""
+def heading(store: datastore.Store, a: str, b: str) -> str:
+    """What is to be read above two rollouts: where they part, and which direction first differs, how soon, how far."""
     fork = parting(store, a, b)
     here, there = cosines(store, a), cosines(store, b)
-    for beyond in (3, 2, 1):
+    for beyond, run in RULES:
         moves = []
         for label, curve in here.items():
             spread = curve[4:fork].std()
             change = [(y - x) / spread for x, y in zip(curve[fork:], there[label][fork:], strict=False)]
-            for i, (now, then) in enumerate(pairwise(change)):
-                if min(now, then) > beyond or max(now, then) < -beyond:
+            for i in range(len(change) - run + 1):
+                seen = change[i : i + run]
+                if min(seen) > beyond or max(seen) < -beyond:
                     moves.append((i, -max(map(abs, change)), label))
                     break
         if moves:
             after, _, label = min(moves)
-            return label, after, beyond
+            when = {0: "at once", 1: "1 token later"}.get(after, f"{after} tokens later")
+            alone = " at that token alone" if run == 1 else ""
+            return f"They part at token {fork}; {label} moves first, {when}, beyond {beyond} SD{alone}"
     raise AssertionError("nothing moves")
 
 
@@ -107,27 +110,26 @@ def test_a_newcomer_finds_where_a_lie_parts_from_its_honest_twin(viewer: Viewer,
     page, table = viewer.open().page, store.rollouts
     page.get_by_text("Compare", exact=True).click()
     page.get_by_text("Pairs that share a prefix").wait_for()
-    until(viewer.rows().count, lambda count: count > 0, page=page)
-    first = viewer.cells(viewer.rows().first)
-    a, b, fork, _, kind_a, kind_b = first.all_inner_texts()[:6]
+    first = viewer.cells(viewer.rows(column="fork").first)
+    a, b, fork, _, kind_a, kind_b = until(first.all_inner_texts, lambda cells: len(cells) == 6, page=page)
     first.first.click()
     assert [kind_a, kind_b] == [table["classification"][a], table["classification"][b]]
     assert kind_a == "honest" != kind_b
     assert int(fork) == parting(store, a, b) == table["fork"][a] == table["fork"][b]  # as the generator recorded it
-    headings = page.locator("h2", has_text="They part at token")
-    said = until(lambda: SAID.search(headings.inner_text()), lambda f: f is not None and f[1] == fork, page=page)
-    assert said is not None
-    assert (said[2], int(said[3]), int(said[4])) == first_move(store, a, b)
-    sides = page.locator(".sides mark").all_inner_texts()
-    ends = ["".join(store.tokens(name)["text"].tolist()[int(fork) :]) for name in (a, b)]
-    assert [side.split() for side in sides] == [end.split() for end in ends]
-    assert viewer.marks("difference")["fork"] == int(fork) - 0.5
+    said, wanted = page.locator("h2", has_text="They part at token"), heading(store, a, b)
+    assert until(said.inner_text, partial(str.__eq__, wanted), page=page) == wanted
+    ends = ["".join(store.tokens(name)["text"].tolist()[int(fork) :]).split() for name in (a, b)]
+    sides = lambda: [side.split() for side in page.locator(".sides mark").all_inner_texts()]  # noqa: E731
+    assert until(sides, lambda found: found == ends, page=page) == ends
+    mark = until(lambda: viewer.marks("difference").get("fork"), lambda at: at == int(fork) - 0.5, page=page)
+    assert mark == int(fork) - 0.5
+    assert f"rollout={a}&rollout={b}" in address(viewer, f"rollout={a}&rollout={b}")
     page.get_by_text("Groups", exact=True).click()
     scores = store.scores()
     scores = scores.assign(score=scores.score / scores.norm)
     wanted = project.compare(store, scores, "classification", segment="response").set_index(["direction", "group"])
     for label in map(str, scores.direction.values):
-        row = viewer.cells(viewer.rows(label))
+        row = viewer.cells(viewer.rows(label, column="effect_size"))
         cells = until(row.all_inner_texts, lambda cells: len(cells) > 9 and bool(cells[9]), page=page)
         # the page sets the others against the honest ones, project.compare the honest ones against the others
         assert float(cells[8].replace(",", "")) == pytest.approx(-wanted["effect_size"][label, "honest"], abs=1e-3)
@@ -136,26 +138,19 @@ def test_a_newcomer_finds_where_a_lie_parts_from_its_honest_twin(viewer: Viewer,
 
 def test_the_curves_of_a_pair_are_those_of_its_activations(viewer: Viewer, store: datastore.Store) -> None:
     viewer.open("?view=Compare&smooth=1&mode=raw")
-    until(lambda: viewer.rows().count(), lambda count: count > 2, page=viewer.page)
-    row = viewer.cells(viewer.rows().nth(2))
-    a, b = row.all_inner_texts()[:2]
+    row = viewer.cells(viewer.rows(column="fork").nth(2))
+    a, b = until(row.all_inner_texts, lambda cells: len(cells) == 6, page=viewer.page)[:2]
     row.first.click()
     kinds = store.rollouts["classification"]
     one = store.scores(rollouts=a).isel(direction=0)
     folder = GAME / "extraction" / str(one.trait.values)
     (file,) = folder.rglob(f"{one.method.values}/layer{int(one.layer)}.pt")
     vector = torch.load(file, weights_only=True).to(torch.float64).numpy()
+    wanted = {}
     for name in (a, b):
         rows = np.asarray(store.select("residual", rollouts=name, layers=int(one.layer)).values, np.float64)
-        wanted = rows @ (vector / np.linalg.norm(vector))
-        read: Callable[[], Any] = partial(viewer.lines, "rollouts")
-        key = f"{name} ({kinds[name]})"
-        found = until(read, partial(_has, key), page=viewer.page)[key]
-        np.testing.assert_allclose(found[: len(wanted)], wanted, rtol=1e-4, atol=1e-4)
-
-
-def _has(key: str, lines: dict[str, Any]) -> bool:
-    return key in lines
+        wanted[f"{name} ({kinds[name]})"] = rows @ (vector / np.linalg.norm(vector))
+    shows(viewer, "rollouts", wanted, rtol=1e-4, atol=1e-4)
 
 
 # -- by keyboard alone -----------------------------------------------------------------------------------------------
@@ -220,9 +215,9 @@ def test_the_whole_way_by_keyboard(viewer: Viewer, store: datastore.Store) -> No
     assert seen(viewer, tab_to(viewer, "Compare", key="Shift+Tab"))
     keyboard.press("Enter")
     assert "view=Compare" in address(viewer, "view=Compare")
-    pairs = page.locator(".clickable .tabulator-row:visible")
+    pairs = viewer.rows(column="fork")
     until(pairs.count, lambda count: count > 1, page=page)
-    words = viewer.cells(pairs.first).all_inner_texts()
+    words = until(viewer.cells(pairs.first).all_inner_texts, lambda cells: len(cells) == 6, page=page)
     a, b, fork = words[:3]
     second = viewer.cells(pairs.nth(1)).all_inner_texts()[:3]
     row = tab_to(viewer, f"0{re.escape(''.join(words).strip())}")

@@ -243,7 +243,7 @@ def node() -> str:
 
 def by_zarrita(node: str, server: Server, *paths: str) -> dict[str, Any]:
     done = subprocess.run(
-        [node, str(JS / "read.mjs"), f"{server.url}/zarr/run", *paths], capture_output=True, text=True, timeout=60
+        [node, str(JS / "read.mjs"), f"{server.url}/zarr/run", *paths], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
