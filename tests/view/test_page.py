@@ -370,7 +370,7 @@ def test_the_table_of_rollouts(viewer: Viewer, store: datastore.Store) -> None:
         name: oracle.drawn(store, name, "bs/lying@4", smooth=1)[20:].mean() for name in map(str, store.rollouts.index)
     }
     ranked = sorted(means, key=lambda name: means[name])
-    assert ranked[0] != "g0-honest"
+    assert ranked != list(means)
     assert until(lambda: ids_shown.all_inner_texts(), lambda ids: ids == ranked, page=page) == ranked
     page.get_by_label("Filter label").fill("fabr")
     page.get_by_label("Filter label").press("Enter")

@@ -116,8 +116,8 @@ def test_a_newcomer_finds_where_a_lie_parts_from_its_honest_twin(viewer: Viewer,
     assert [kind_a, kind_b] == [table["classification"][a], table["classification"][b]]
     assert kind_a == "honest" != kind_b
     assert int(fork) == parting(store, a, b) == table["fork"][a] == table["fork"][b]  # as the generator recorded it
-    said, wanted = page.locator("h2", has_text="They part at token"), heading(store, a, b)
-    assert until(said.inner_text, partial(str.__eq__, wanted), page=page) == wanted
+    said, words = page.locator("h2", has_text="They part at token"), heading(store, a, b)
+    assert until(said.inner_text, partial(str.__eq__, words), page=page) == words
     ends = ["".join(store.tokens(name)["text"].tolist()[int(fork) :]).split() for name in (a, b)]
     sides = lambda: [side.split() for side in page.locator(".sides mark").all_inner_texts()]  # noqa: E731
     assert until(sides, lambda found: found == ends, page=page) == ends
