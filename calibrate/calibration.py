@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -325,6 +326,7 @@ def _kept_norm(selected: Selected, component: str, layer: int) -> float:
     return total / count if count else float("nan")
 
 
+@cache
 def _version() -> str:
     try:
         return version("activation-datastore")

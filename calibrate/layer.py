@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from calibrate.formulas import largest, norm_quantiles
 from calibrate.magnitudes import ALL, Window, window_around
 from calibrate.passes import Columns, Details
-from calibrate.rows import Kept, Run
+from calibrate.rows import Kept, Memory, Run
 from calibrate.selected import Flags, Selected
 from calibrate.tasks import TASK_BYTES, Job, LookTask, RowSums, Runner, SampleTask, Summing, SumTask, cut
 from datastore.errors import MisuseError
@@ -85,11 +85,12 @@ def sum_layers(job: Job, run: Runner) -> list[LayerSums]:
     selected = job.selected
     largest(np.zeros(selected.width), job.settings.top_k)  # a top_k that is none is said before any work
     found = {layer: LayerSums.empty(job) for layer in selected.layers}
-    tasks = [  # threads for the layers gain nothing: half of it is Python
+    memory: Memory = {}
+    tasks = [  # threads for the layers, or one that reads ahead, take more processor time and as long on the clock
         task
         for layer, into in found.items()
         for source in range(len(selected.sources))
-        for task in _keep(job, layer, source, into=into)
+        for task in _keep(job, layer, source, memory=memory, into=into)
     ]
     for task, part in zip(tasks, run(job, tasks), strict=True):
         found[task.layer].sources[task.source].merge(part)
@@ -98,17 +99,16 @@ def sum_layers(job: Job, run: Runner) -> list[LayerSums]:
     return list(found.values())
 
 
-def _keep(job: Job, layer: int, source: int, *, into: LayerSums) -> list[SumTask]:
+def _keep(job: Job, layer: int, source: int, *, memory: Memory, into: LayerSums) -> list[SumTask]:
     """Add what was kept of one source, and return what has to be summed up from its data."""
     selected = job.selected
     rows = selected.rows(source)
     summing = Summing(job, source, rows)
     origin = summing.source
-    kept = origin.kept(layer, rows)
+    kept = origin.kept(layer, rows, memory=memory)
     summed = _uses_sums(summing, kept)
-    for row, segment, moments in kept.by_row:
-        summing.one(row, segment, moments)
-        summing.pool(row, segment, moments)
+    for some, moments in kept.by_row:
+        summing.kept(some, moments)
     if summed:
         for segment, moments in kept.together:
             if _pools(summing, kept.summed, segment).any():

@@ -25,10 +25,12 @@ from datastore.schema import SEGMENTS
 from datastore.stats import Moments
 from datastore.stream import Block, Span
 
-__all__ = ["ArrayRows", "Kept", "Piece", "Rows", "Run", "StoreRows"]
+__all__ = ["ArrayRows", "Kept", "Memory", "Piece", "Rows", "Run", "StoreRows"]
 
 R = TypeVar("R")
 Work = Callable[[NDArray[Any], "list[Piece]"], R]
+Memory = dict[str, NDArray[Any]]
+"""What statistics are read into, by name."""
 Run = tuple[int, int, int]
 """A row, and the first and the last position (half-open) in its rollout."""
 
@@ -49,8 +51,8 @@ class Kept:
 
     Attributes
     ----------
-    by_row : iterator of (row, segment, Moments)
-        Of rows that are kept by themselves.
+    by_row : iterator of (rows, Moments)
+        Of rows that are kept by themselves, some at a time: moments (row, segment, hidden), valid until the next.
     together : list of (segment, Moments)
         Sums of captures as a whole.
     summed : list of int
@@ -59,7 +61,7 @@ class Kept:
         Rows that only a pass over the data answers for.
     """
 
-    by_row: Iterator[tuple[int, int, Moments]]
+    by_row: Iterator[tuple[list[int], Moments]]
     together: list[tuple[int, Moments]]
     summed: list[int]
     unknown: list[int]
@@ -80,8 +82,11 @@ class Rows(Protocol):
     def in_order(self, layer: int, rows: Sequence[int]) -> list[int]:
         """Return some rows in the order that their tokens lie in."""
 
-    def kept(self, layer: int, rows: Sequence[int]) -> Kept:
-        """Return the statistics kept for some rows."""
+    def kept(self, layer: int, rows: Sequence[int], *, memory: Memory | None = None) -> Kept:
+        """Return the statistics kept for some rows; with `memory`, each part of `by_row` is read into it again."""
+
+    def means(self, layer: int, rows: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """Yield the means (segment, hidden) of those rows that are kept by themselves."""
 
     def norms(self, layer: int, rows: Sequence[int]) -> NDArray[np.float32]:
         """Return the norms kept for the tokens of some rows, end to end."""
@@ -163,23 +168,27 @@ class StoreRows:
         at = {row: cells.index[self.ids[row]] for row in rows}
         return sorted(rows, key=lambda row: (int(holder[at[row]]), int(place[at[row]])))
 
-    def kept(self, layer: int, rows: Sequence[int]) -> Kept:
+    def kept(self, layer: int, rows: Sequence[int], *, memory: Memory | None = None) -> Kept:
         """Return the statistics kept for some rows."""
         names = [self.ids[row] for row in rows]
         found = self.store.statistics(self.component, layer, rollouts=names)
         unknown = sorted(self._row[name] for name in found.needs_pass)
         alone = {self._row[name] for name in found.per_rollout}
-        sums = iter(found) if found.per_capture else ()
+        tables = found.tables(memory=memory)
         return Kept(
-            by_row=(
-                (self._row[str(name)], SEGMENTS.index(segment), moments)
-                for name, segment, moments in found
-                if isinstance(name, str)
-            ),
-            together=[(SEGMENTS.index(segment), moments) for name, segment, moments in sums if isinstance(name, int)],
+            by_row=(([self._row[name] for name in table.rollouts], table.moments) for table in tables),
+            together=[(SEGMENTS.index(segment), moments) for _, segment, moments in found.together()],
             summed=sorted(set(rows) - alone - set(unknown)),
             unknown=unknown,
         )
+
+    def means(self, layer: int, rows: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """Yield the means (segment, hidden) of those rows that are kept by themselves."""
+        found = self.store.statistics(self.component, layer, rollouts=[self.ids[row] for row in rows])
+        for names, values in found.tables(("sum", "count")):
+            with np.errstate(all="ignore"):
+                means = values["sum"] / values["count"]
+            yield from zip((self._row[name] for name in names), means, strict=True)
 
     def norms(self, layer: int, rows: Sequence[int]) -> NDArray[np.float32]:
         """Return the norms kept for the tokens of some rows, end to end."""
@@ -286,9 +295,13 @@ class ArrayRows:
         """Return them as they are."""
         return list(rows)
 
-    def kept(self, layer: int, rows: Sequence[int]) -> Kept:
+    def kept(self, layer: int, rows: Sequence[int], *, memory: Memory | None = None) -> Kept:
         """Return that nothing is kept."""
         return Kept(by_row=iter(()), together=[], summed=[], unknown=list(rows))
+
+    def means(self, layer: int, rows: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """Yield nothing."""
+        return iter(())
 
     def norms(self, layer: int, rows: Sequence[int]) -> NDArray[np.float32]:
         """Return no norms, for no row."""

@@ -179,6 +179,17 @@ class Summing:
         self._at = {row: i for i, row in enumerate(rows)}
         self._peaks: dict[int, list[Moments]] = {}
 
+    def kept(self, rows: Sequence[int], moments: Moments) -> None:
+        """Find all that the moments (row, segment, hidden) of some rows give, and pool them."""
+        for i, row in enumerate(rows):
+            both = moments[i]
+            alignment = mean_alignment(*_directions(both))
+            self.into.alignment[self._at[row]] = np.where(self.wanted[row], alignment, np.nan)
+            counted = [both[segment] for segment in np.flatnonzero(self.aligned[row])]
+            if counted:
+                self._rank(row, sum(counted[1:], start=counted[0]))
+        self.into.total = self.into.total + moments.total(self.pooled[rows])
+
     def pool(self, row: int, segment: int, moments: Moments) -> None:
         """Count a segment in what is pooled, where it is."""
         if self.pooled[row, segment]:
@@ -195,11 +206,14 @@ class Summing:
         held.append(moments)
         if len(held) == self.aligned[row].sum():
             del self._peaks[row]
-            peaks, means = _magnitudes(sum(held[1:], start=held[0]))
-            settings = self.settings
-            ranked = peak_dims(peaks, means, top_k=settings.top_k, threshold=settings.threshold)
-            for name in ("dims", "peak", "mean_abs", "ratio", "massive"):
-                getattr(self.into, name)[self._at[row]] = getattr(ranked, name)
+            self._rank(row, sum(held[1:], start=held[0]))
+
+    def _rank(self, row: int, moments: Moments) -> None:
+        """Rank the dimensions of a row by their peaks."""
+        settings = self.settings
+        ranked = peak_dims(*_magnitudes(moments), top_k=settings.top_k, threshold=settings.threshold)
+        for name in ("dims", "peak", "mean_abs", "ratio", "massive"):
+            getattr(self.into, name)[self._at[row]] = getattr(ranked, name)
 
 
 def _directions(moments: Moments) -> tuple[Floats, Floats]:
@@ -304,9 +318,10 @@ class LookTask:
         here, source = selected.part(self.source), selected.sources[self.source]
         wanted = selected.wanted[here]
         found = Details.empty(Columns(self.dims, memory=memory // 8), window=self.window)
-        kept = source.kept(self.layer, self.rows)
         means: dict[Key, Floats] = {
-            (row, segment): _directions(moments)[1] for row, segment, moments in kept.by_row if wanted[row, segment]
+            (row, segment): mean[segment]
+            for row, mean in source.means(self.layer, self.rows)
+            for segment in np.flatnonzero(wanted[row]).tolist()
         }
         flags: dict[str, Any] = {"wanted": wanted, "pooled": selected.pooled[here]}
         means |= self.means

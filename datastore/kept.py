@@ -1,9 +1,8 @@
 """Statistics as captures kept them, for any rollouts of one component and layer, and what needs a pass over data."""
 
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,19 @@ from datastore.errors import AbsentError
 from datastore.schema import SEGMENTS, STATISTICS
 from datastore.stats import Moments
 
-__all__ = ["KeptStatistics"]
+__all__ = ["KeptStatistics", "KeptTable"]
+
+
+class KeptTable(NamedTuple):
+    """Some rollouts that were captured together, and their statistics by name, arrays (rollout, segment, hidden)."""
+
+    rollouts: tuple[str, ...]
+    values: dict[str, NDArray[Any]]
+
+    @property
+    def moments(self) -> Moments:
+        """All statistics as one."""
+        return Moments(**self.values)
 
 
 class KeptStatistics:
@@ -67,18 +78,50 @@ class KeptStatistics:
 
     def __iter__(self) -> Iterator[tuple[str | int, str, Moments]]:
         """Yield rollout id (or capture number), segment and moments; those of no token are left out."""
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="kept") as pool:
-            for place, rows in self._rows.items():
-                names = self._cells.captures[place].rollout_ids
-                for row, segment, moments in self._by_rollout(place, rows, pool):
-                    yield names[row], segment, moments
-            for place in self._whole:
-                values = {name: array[:, 0] for name, array in self._read(place, pool).items()}
+        for names, values in self.tables():
+            for i, name in enumerate(names):
                 for code, segment in enumerate(SEGMENTS):
-                    moments = self._moments(place, {name: array[code] for name, array in values.items()})
+                    moments = Moments(**{key: array[i, code] for key, array in values.items()})
                     if _any(moments):
-                        yield self._cells.captures[place].number, segment, moments
-        self._cells.check([*self._rows, *self._whole])
+                        yield name, segment, moments
+        yield from self.together()
+
+    def tables(
+        self, statistics: Sequence[str] = STATISTICS, *, memory: dict[str, NDArray[Any]] | None = None
+    ) -> Iterator[KeptTable]:
+        """Yield what was kept of each rollout by itself, all rollouts of a chunk of the statistics at a time.
+
+        Parameters
+        ----------
+        statistics : sequence of str
+            Only these are read; a table has moments where it is all of them.
+        memory : dict, optional
+            The caller's, empty at first, for tables of this layer and of others: what they are read into, each over the
+            one before. Fresh memory takes as much time as decoding.
+        """
+        for place, rows in self._rows.items():
+            names = self._cells.captures[place].rollout_ids
+            path = self._path(place)
+            size = int(storage.array_metadata(path / "sum")["chunk_grid"]["configuration"]["chunk_shape"][0])
+            for block in np.unique(rows // size).tolist():
+                first = block * size
+                values = self._read(place, statistics, slice(first, first + size), memory=memory)
+                at = rows[rows // size == block] - first
+                together = len(at) == at[-1] + 1 - at[0]
+                some = slice(at[0], at[-1] + 1) if together else at  # a slice is no copy
+                found = {name: array[:, :, 0][some] for name, array in values.items()}
+                yield KeptTable(tuple(names[first + row] for row in at.tolist()), found)
+        self._cells.check(self._rows)
+
+    def together(self) -> Iterator[tuple[int, str, Moments]]:
+        """Yield capture number, segment and moments of captures that keep one sum; those of no token are left out."""
+        for place in self._whole:
+            values = self._read(place, STATISTICS)
+            for code, segment in enumerate(SEGMENTS):
+                moments = Moments(**{name: array[code, 0] for name, array in values.items()})
+                if _any(moments):
+                    yield self._cells.captures[place].number, segment, moments
+        self._cells.check(self._whole)
 
     def total(self, segment: str | None = None) -> Moments:
         """Return the sum over all rollouts, of one segment or of both.
@@ -100,32 +143,33 @@ class KeptStatistics:
             total = total + moments
         return total
 
-    def _by_rollout(self, place: int, rows: Ints, pool: Executor) -> Iterator[tuple[int, str, Moments]]:
-        path = self._cells.captures[place].path / "stats" / self.component / "sum"
-        size = int(storage.array_metadata(path)["chunk_grid"]["configuration"]["chunk_shape"][0])
-        for block in np.unique(rows // size).tolist():
-            wanted = rows[rows // size == block]
-            first, last = int(wanted[0]), int(wanted[-1]) + 1
-            values = {name: array[:, :, 0] for name, array in self._read(place, pool, slice(first, last)).items()}
-            for row in wanted.tolist():
-                for code, segment in enumerate(SEGMENTS):
-                    moments = self._moments(place, {name: array[row - first, code] for name, array in values.items()})
-                    if _any(moments):
-                        yield row, segment, moments
+    def _path(self, place: int) -> Path:
+        return self._cells.captures[place].path / "stats" / self.component
 
-    def _read(self, place: int, pool: Executor, *rows: slice) -> dict[str, NDArray[Any]]:
-        """Return all statistics of some rows, decoded side by side."""
+    def _read(
+        self,
+        place: int,
+        statistics: Sequence[str],
+        *rows: slice,
+        memory: dict[str, NDArray[Any]] | None = None,
+    ) -> dict[str, NDArray[Any]]:
         capture = self._cells.captures[place]
         at, width = capture.layers.index(self.layer), capture.components[self.component].width
         region: Sequence[slice] = (*rows, slice(0, len(SEGMENTS)), slice(at, at + 1), slice(0, width))
-        path = capture.path / "stats" / self.component
-        found = pool.map(lambda name: storage.read_region(path / name, region), STATISTICS)
-        return dict(zip(STATISTICS, found, strict=True))
+        shape = tuple(part.stop - part.start for part in region)
+        if memory is not None and {array.shape for array in memory.values()} != {shape}:
+            memory |= _memory(shape)
+        path, held = self._path(place), memory or {}
+        return {name: storage.read_region(path / name, region, held.get(name)) for name in statistics}
 
-    def _moments(self, place: int, values: dict[str, NDArray[Any]]) -> Moments:
-        wide = self._cells.captures[place].components[self.component].dtype == "float64"
-        top: NDArray[np.floating[Any]] = values.pop("max_abs").astype(np.float64 if wide else np.float32)
-        return Moments(max_abs=top, **values)
+
+def _memory(shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+    """Return memory for all statistics, as they are stored: one piece, so that it is of large pages."""
+    whole = np.empty((len(STATISTICS), *shape), np.float64)
+    return {
+        name: array.view(np.int64) if name in ("count", "nonfinite") else array
+        for name, array in zip(STATISTICS, whole, strict=True)
+    }
 
 
 def _any(moments: Moments) -> bool:

@@ -79,7 +79,7 @@ class Moments:
         Tokens whose element is finite.
     sum, sum_squares, sum_abs : float64 arrays of the same shape
         Sums of h, h² and |h| over those tokens, in the component's own unit (squared for `sum_squares`).
-    max_abs : float32 array (float64 for float64 data) of the same shape
+    max_abs : float32 array (float64 for float64 data, and as a store keeps it) of the same shape
         Largest |h|, 0 where there is none.
     sum_unit : float64 array of the same shape
         Sum of h / |h|, |h| the token's Euclidean norm; a token that is zero or holds a non-finite element adds nothing.
@@ -161,6 +161,25 @@ class Moments:
             )
         arrays = {name: getattr(self, name) + getattr(other, name) for name in STATISTICS if name != "max_abs"}
         return Moments(**arrays, max_abs=np.maximum(self.max_abs, other.max_abs))
+
+    def __getitem__(self, index: Any) -> "Moments":
+        """Moments at some places of the axes before the width."""
+        return Moments(**{name: getattr(self, name)[index] for name in STATISTICS})
+
+    def total(self, wanted: NDArray[np.bool_]) -> "Moments":
+        """The sum of those moments that are wanted, added one after the other in their order.
+
+        Parameters
+        ----------
+        wanted : bool array of the shape of the moments without the width
+        """
+        sums: dict[str, NDArray[Any]] = {}
+        for name in STATISTICS:
+            add, values = np.maximum if name == "max_abs" else np.add, getattr(self, name)
+            into = sums[name] = np.zeros(values.shape[-1], values.dtype)
+            for index in np.argwhere(wanted).tolist():
+                add(into, values[tuple(index)], out=into)
+        return Moments(**sums)
 
     def finalise(self) -> dict[str, NDArray[np.float64]]:
         """Means and spreads, float64 arrays of the moments' shape.

@@ -298,8 +298,16 @@ def read_array(path: Path, metadata: Mapping[str, Any] | None = None, *, most: i
         raise CorruptError(f"{path} does not decode ({error}); what it holds is lost") from error
 
 
-def read_region(path: Path, region: Sequence[slice]) -> NDArray[Any]:
+def read_region(path: Path, region: Sequence[slice], out: NDArray[Any] | None = None) -> NDArray[Any]:
     """Read part of an array: one slice with start and stop for each axis.
+
+    Parameters
+    ----------
+    path : Path
+    region : sequence of slice
+        It may reach as far as the last chunk does; what lies beyond the array is its padding, or is left out.
+    out : array of the region's shape, C order, optional
+        Memory to use again, where it is of the array's dtype: fresh memory takes as much time as decoding.
 
     Raises
     ------
@@ -322,17 +330,27 @@ def read_region(path: Path, region: Sequence[slice]) -> NDArray[Any]:
             raise CorruptError(f"{file} is missing; what it holds is lost")
     try:
         if isinstance(reader, ChunkDecoder):
-            return _decoded(files, reader, region=region, sizes=sizes)
+            return _decoded(files, reader, region=region, sizes=sizes, out=out)
         return np.asarray(reader[tuple(region)])
     except Exception as error:
         raise CorruptError(f"{path} does not decode ({error}); what it holds is lost") from error
 
 
 def _decoded(
-    files: Mapping[tuple[int, ...], Path], decoder: ChunkDecoder, *, region: Sequence[slice], sizes: Sequence[int]
+    files: Mapping[tuple[int, ...], Path],
+    decoder: ChunkDecoder,
+    *,
+    region: Sequence[slice],
+    sizes: Sequence[int],
+    out: NDArray[Any] | None,
 ) -> NDArray[Any]:
     """Fill a region from its chunks without zarr-python, whose event loop takes longer than a small chunk."""
-    out = np.empty([part.stop - part.start for part in region], decoder.dtype)
+    if out is None or out.dtype != decoder.dtype:
+        out = np.empty([part.stop - part.start for part in region], decoder.dtype)
+    if len(files) == 1 and out.size == decoder.tokens * decoder.width:  # a whole chunk needs no copy
+        (file,) = files.values()
+        decoder.decode_into(read_plain(file, decoder.most_bytes), out.reshape(decoder.tokens, decoder.width))
+        return out
     buffer = np.empty((decoder.tokens, decoder.width), decoder.dtype)
     for index, file in files.items():
         decoder.decode_into(read_plain(file, decoder.most_bytes), buffer)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import datastore
-from datastore import storage
+from datastore import capture_group, storage
 from datastore.errors import AbsentError, ConflictError, MisuseError, NotAStoreError
 from datastore.query import Store
 from datastore.schema import ROLES, ComponentSpec, Rollout
@@ -348,6 +348,29 @@ def test_statistics_kept_per_rollout(tmp_path: Path) -> None:
         assert close(moments, expected_moments(truth, "residual", 2, str(name), segment))
     prompts = [expected_moments(truth, "residual", 2, name, "prompt") for name in ("0", "2")]
     assert close(kept.total("prompt"), prompts[0] + prompts[1])
+
+
+@pytest.mark.parametrize("names", [None, ["4", "0", "2"]])
+def test_tables_of_statistics_in_memory_that_is_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str] | None
+) -> None:
+    monkeypatch.setattr(capture_group, "STATS_ROW_BYTES", 2 * 2 * 4 * 8)  # chunks of two rollouts
+    truth = Truth(tmp_path / "run.zarr")
+    spec = ComponentSpec(name="residual", width=4, dtype="bfloat16")
+    counts = (4000, 3000, 3500, 2000, 2500)
+    truth.capture(making.rollouts(*counts), (1, 2), components=(spec,), batch_tokens=4000, most_tokens=1024)
+    store, memory = datastore.open(truth.path), dict[str, NDArray[Any]]()
+    for layer in (1, 2):
+        seen = []
+        for table in store.statistics("residual", layer, rollouts=names).tables(memory=memory):
+            for i, name in enumerate(table.rollouts):
+                seen.append(name)
+                for code, segment in enumerate(("prompt", "response")):
+                    assert close(table.moments[i, code], expected_moments(truth, "residual", layer, name, segment))
+        assert sorted(seen) == sorted(names or truth.rollouts)
+    (first, *_) = store.statistics("residual", 1).tables(("sum",), memory=memory)
+    assert set(first.values) == {"sum"}
+    assert np.shares_memory(first.values["sum"], memory["sum"])
 
 
 def test_statistics_kept_per_capture_answer_for_all_of_it_only(tmp_path: Path) -> None:

@@ -120,6 +120,19 @@ def test_zero_is_neutral_to_the_bit(values: NDArray[Any]) -> None:
     assert bits(zero + moments, norms) == bits(moments, norms) == bits(moments + zero, norms)
 
 
+@given(blocks(), st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=6))
+def test_a_total_is_the_sum_one_after_the_other_to_the_bit(values: NDArray[Any], cuts: list[tuple[int, bool]]) -> None:
+    parts = [(Moments.of(values[:cut])[0], wanted) for cut, wanted in [*cuts, (len(values), True)]]
+    stacked = Moments(**{name: np.stack([getattr(one, name) for one, _ in parts]) for name in STATISTICS})
+    expected = Moments.zero(values.shape[1])
+    for one, wanted in parts:
+        expected = expected + one if wanted else expected
+    found = stacked.total(np.array([wanted for _, wanted in parts]))
+    for name, sums in as_dict(found).items():
+        np.testing.assert_array_equal(sums, getattr(expected, name), strict=True)
+        np.testing.assert_array_equal(getattr(stacked[-1], name), getattr(parts[-1][0], name))
+
+
 @given(blocks(), st.data())
 def test_pieces_with_one_key_are_counted_together(values: NDArray[Any], data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(values)), max_size=6).map(sorted))
