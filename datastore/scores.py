@@ -39,6 +39,7 @@ __all__ = [
     "known_columns",
     "load_results",
     "read_scores",
+    "span",
     "write_columns",
 ]
 
@@ -113,8 +114,9 @@ class Result:
     @cached_property
     def directions(self) -> pd.DataFrame:
         """The table of the directions, a row for each column of `score`."""
-        table = pd.DataFrame(self.attrs["directions"], columns=self.attrs["direction_columns"])
-        return table.astype({name: np.float64 for name in _NUMBERS if name in table})
+        names, rows = self.attrs["direction_columns"], self.attrs["directions"]
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+        return pd.DataFrame({n: np.array(v, np.float64) if n in _NUMBERS else v for n, v in columns.items()})
 
     def vectors(self, component: str) -> NDArray[np.float32]:
         """Unit vectors of the component's directions, shape (direction, hidden), in the order of the table."""
@@ -226,8 +228,11 @@ def _text(path: Path, values: Sequence[str], dim: str) -> None:
 
 def _records(table: pd.DataFrame) -> list[list[Any]]:
     """Return the rows of a table as JSON values, null for what is missing."""
-    rows = [list(row) for row in table.astype(object).itertuples(index=False)]
-    return [[None if pd.isna(v) else v.item() if isinstance(v, np.generic) else v for v in row] for row in rows]
+    columns = [
+        [None if lacks else v for v, lacks in zip(table[name].tolist(), table[name].isna(), strict=True)]
+        for name in table.columns
+    ]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 # -- which columns there are -------------------------------------------------------------------------------------------
@@ -330,7 +335,8 @@ def read_scores(
         dim_unit=found.units(dims, wanted),
         directions=chosen,
         dims=dims,
-        coords=found.token_coords(names),
+        index=found.index(names),
+        token_coords=found.token_coords(names),
     )
 
 
@@ -342,7 +348,7 @@ def _chosen(results: Sequence[Result], *, traits: Sequence[str] | None, sha256: 
     tables = [result.directions for result in results if len(result.directions)]
     if not tables:
         raise AbsentError("the store holds no scores; compute them with python -m project STORE --vectors DIR")
-    every = pd.concat(tables, ignore_index=True)
+    every = tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
     if sha256 is not None:
         last = every.drop_duplicates(["sha256", "component", "layer"], keep="last").set_index("sha256", drop=False)
         absent = [sha for sha in sha256 if sha not in last.index]
@@ -419,7 +425,7 @@ class _Found:
         pairs = [(mine[column], j) for j, column in enumerate(columns) if column in mine]
         if not pairs or not rows:
             return
-        source, target = [a for a, _ in pairs], [b for _, b in pairs]
+        source, target = span([a for a, _ in pairs]), span([b for _, b in pairs])
         every = slice(0, len(result.columns[kind]))
         for first, last in _some_at_a_time(result.ragged.tokens_of(rows)):
             values = storage.read_region(result.path / kind, (slice(first, last), every))[:, source]
@@ -443,13 +449,19 @@ class _Found:
             out[mine, j] = read[key][same.index(column)][[int(dims[i].key) for i in mine]]
         return out
 
-    def token_coords(self, names: Sequence[str]) -> xr.Coordinates:
+    def index(self, names: Sequence[str]) -> RolloutIndex:
+        """The index of the tokens."""
+        return RolloutIndex(self._cells.ids, self._axis(names)).compact()
+
+    def token_coords(self, names: Sequence[str]) -> dict[str, xr.Variable]:
         """Coordinates of the tokens, from the newest capture of each rollout, read when they are used."""
-        rollout = np.asarray([self._cells.index[name] for name in names], np.int64)
-        axis = Axis.of(rollout, np.zeros_like(rollout), self._cells.counts[rollout])
+        axis = self._axis(names)
         arrays = {name: TokenArray(self._cells, name, axis=axis) for name in COORDINATES if name != "rollout"}
-        lazy = {name: xr.Variable("token", indexing.LazilyIndexedArray(array)) for name, array in arrays.items()}
-        return xr.Coordinates.from_xindex(RolloutIndex(self._cells.ids, axis).compact()).assign(lazy)
+        return {name: xr.Variable("token", indexing.LazilyIndexedArray(array)) for name, array in arrays.items()}
+
+    def _axis(self, names: Sequence[str]) -> Axis:
+        rollout = np.asarray([self._cells.index[name] for name in names], np.int64)
+        return Axis.of(rollout, np.zeros_like(rollout), self._cells.counts[rollout])
 
 
 def _dataset(
@@ -460,15 +472,14 @@ def _dataset(
     dim_unit: NDArray[np.float32],
     directions: pd.DataFrame,
     dims: Sequence[Column],
-    coords: xr.Coordinates,
+    index: RolloutIndex,
+    token_coords: Mapping[str, xr.Variable],
 ) -> xr.Dataset:
     table = {str(name): ("direction", directions[name].to_numpy()) for name in directions.columns}
-    labels = [f"{row.trait}@{row.layer}" for row in directions.itertuples()]
+    named = [directions[name].tolist() for name in ("trait", "layer", "component", "method", "vector_position")]
+    labels = [f"{trait}@{layer}" for trait, layer, *_ in zip(*named, strict=True)]
     if len(set(labels)) < len(labels):
-        labels = [
-            f"{row.trait}@{row.layer}/{row.component}/{row.method}/{row.vector_position}"
-            for row in directions.itertuples()
-        ]
+        labels = [f"{trait}@{'/'.join(map(str, others))}" for trait, *others in zip(*named, strict=True)]
     placed = {
         "dim_component": ("dim_column", [column.place.component for column in dims]),
         "dim_layer": ("dim_column", np.asarray([column.place.layer for column in dims], np.int64)),
@@ -481,8 +492,14 @@ def _dataset(
             "dim_value": (("token", "dim_column"), dim_value),
             "dim_unit": (("dim_column", "direction"), dim_unit),
         },
-        coords=coords.assign({**table, **placed, "direction": labels}),
+        coords=xr.Coordinates.from_xindex(index).assign({**token_coords, **table, **placed, "direction": labels}),
     )
+
+
+def span(columns: list[int]) -> list[int] | slice:
+    """Return columns that lie side by side as a slice, which NumPy copies many times faster."""
+    side_by_side = columns == list(range(columns[0], columns[0] + len(columns))) if columns else False
+    return slice(columns[0], columns[-1] + 1) if side_by_side else columns
 
 
 def _some_at_a_time(ranges: Sequence[tuple[int, int]], most: int = 4 * CHUNK) -> Iterator[tuple[int, int]]:

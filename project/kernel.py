@@ -6,7 +6,7 @@ the same, one BLAS thread each, so the scores are too, to the bit.
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import chain
+from itertools import chain, tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from datastore.axis import Axis
 from datastore.cells import Cells
 from datastore.dtype import upcast
 from datastore.lazy import NormArray, Reads, RolloutSource, chunk_reads, sources
-from datastore.scores import Place, write_columns
+from datastore.scores import Place, span, write_columns
 from datastore.stream import Block, map_blocks
 from project.scoring import one_blas_thread, score_block, scratch_for, token_norms
 from project.tasks import Job, Task
@@ -75,13 +75,14 @@ def run_tasks(
     kernel = _Kernel(job)
     decoded = 0
     with one_blas_thread():
-        # two walks over the same steps: one feeds the stream, the other says where the results go
-        fed = (step.source for task in tasks for step in kernel.steps(task))
+        # one walk over the steps: it feeds the stream, a few chunks ahead, and says where the results go
+        ahead, due = tee((task, list(kernel.steps(task))) for task in tasks)
+        fed = (step.source for _, steps in ahead for step in steps)
         results = map_blocks(kernel.score, fed, memory=memory, threads=threads)
         try:
-            for task in tasks:
+            for task, steps in due:
                 out = kernel.buffers(task)
-                for step in kernel.steps(task):
+                for step in steps:
                     span, found = next(results)
                     kernel.place(step, found, out, first=span.tokens.start)
                     decoded += step.source.nbytes
@@ -104,7 +105,7 @@ class _Kernel:
             }
             for kind in ("score", "norm", "dim")
         }
-        self.spans = {kind: {at: _span(mine) for at, mine in found.items()} for kind, found in self.columns.items()}
+        self.spans = {kind: {at: span(mine) for at, mine in found.items()} for kind, found in self.columns.items()}
         dims = self.group.of("dim")
         self.dims = {place: [int(dims[j].key) for j in self.columns["dim"][place]] for place in job.group.places}
         self.without_norms = {c.number for c in job.cells.captures if c.attrs.get("statistics", "none") == "none"}
@@ -162,12 +163,6 @@ class _Kernel:
         for kind, values in out.items():
             if values.shape[1]:
                 write_columns(Path(self.job.path), kind, values, start=task.start)
-
-
-def _span(columns: list[int]) -> list[int] | slice:
-    """Return columns that lie side by side as a slice, which NumPy copies many times faster."""
-    side_by_side = columns == list(range(columns[0], columns[0] + len(columns))) if columns else False
-    return slice(columns[0], columns[-1] + 1) if side_by_side else columns
 
 
 def _kept_norms(cells: Cells, place: Place, *, axis: Axis, without: Collection[int]) -> Float32:

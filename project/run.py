@@ -240,7 +240,7 @@ def as_directions(given: Given) -> Directions:
             vectors = tuple(load_direction(entry) for entry in find_directions(given).entries)
         else:
             vectors = tuple(given)
-        table = pd.DataFrame([{name: getattr(v, name, None) for name in _TABLE} for v in vectors], columns=list(_TABLE))
+        table = pd.DataFrame({name: [getattr(v, name, None) for v in vectors] for name in _TABLE})
         table["source"] = "given"
     if not vectors:
         raise MisuseError("there are no directions to score along; give at least one")

@@ -11,12 +11,13 @@ The token axis comes first, the direction axis last.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import convolve1d
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from datastore.dtype import upcast
 from datastore.errors import MisuseError
@@ -75,8 +76,14 @@ def unit_columns(vectors: Sequence[ArrayLike]) -> Float32:
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Keep BLAS to one thread in this process, so that the workers of a pool do not share cores with its own."""
-    with threadpool_limits(limits=1, user_api="blas"):
+    with _blas().limit(limits=1, user_api="blas"):
         yield
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """The libraries that are loaded now, NumPy's among them, which multiplies; looking for them takes 3 ms."""
+    return ThreadpoolController()
 
 
 def scratch_for(width: int) -> Float32:
