@@ -27,7 +27,7 @@ app = console.CommandGroup(
 )
 
 Experiment = Annotated[
-    Path | None, typer.Option("--experiment", metavar="DIR", help="An experiment tree: store, vectors and steering.")
+    Path | None, typer.Option("--experiment", metavar="DIR", help="A tree: store, vectors, steering, projections.")
 ]
 Variant = Annotated[str | None, typer.Option("--model-variant", help="Model variant of the experiment.")]
 PromptSet = Annotated[str | None, typer.Option("--prompt-set", help="Prompt set of the experiment.")]
@@ -41,6 +41,7 @@ class Places:
     vectors: Path
     steering: Path | None = None
     export: Path | None = None
+    """Where an experiment has its projection files; they are written there unless --out names another place."""
     extraction: str | None = None
     prompt_sets: tuple[str, ...] = field(default_factory=tuple)
 
@@ -121,7 +122,7 @@ def project(
         _selected(opened, places, criteria, rollouts=rollouts),
         rollouts,
         results=out if export is None else None,
-        projections=None if export is None else (out or places.export),
+        projections=places.export if out is None else None if export is None else out,
         centred=centered,
         segment=segment,
         cluster={"scheduler": scheduler, "workers": workers},
@@ -166,6 +167,8 @@ def _project(
 
         written = export_json(store, found, projections, centred=centred)
     _show(chosen, todo, found, as_json=as_json, segment=segment, written=written)
+    if written and not as_json:
+        console.stdout().print(f"{written} projection files written below {projections}")
 
 
 def _rollouts(store: "Store", places: Places, *, ids: str | None, where: str | None, limit: int | None) -> list[str]:
@@ -335,15 +338,14 @@ def _show(
             mean,
         )
         table.add_row(*map(str, cells), row["why"])
-    console.stdout().print(table)
+    if rows:
+        console.stdout().print(table)
     if todo is not None:
         verb = "computed" if found is not None else "to compute"
         console.stdout().print(
             f"{len(todo.rollouts)} rollouts; {verb}: {todo.n_columns} directions, "
             f"{console.human_bytes(todo.decoded_bytes)} of activations"
         )
-    if written:
-        console.stdout().print(f"{written} projection files written")
     if skipped:
         left_out = Table("trait", "asked", "why", title="skipped")
         for one in skipped:

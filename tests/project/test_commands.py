@@ -63,9 +63,15 @@ def test_an_experiment_stands_for_everything(tmp_path: Path, capsys: pytest.Capt
     shutil.copytree(GOLDEN, tree, ignore=shutil.ignore_patterns("raw", "projections"))
     golden_store(tree / "inference/instruct/set1.zarr")
     words = ("--experiment", tree, "--prompt-set", "set1", "--layers", "best", "--force-model")
-    assert run(*words, "--export", "json", "--json") == 0
+    assert run(*words, "--dry-run", "--json") == run(*words, "--out", tmp_path / "beside.zarr", "--json") == 0
+    assert not (tree / "inference/instruct/projections").exists()
+    capsys.readouterr()
+    assert run(*words, "--json") == 0
     assert answered(capsys)["written"] == 3
-    assert (tree / "inference/instruct/projections/alignment/deception/set1/1.json").is_file()
+    written = tree / "inference/instruct/projections/alignment/deception/set1/1.json"
+    assert read_projection(written).entry(3).baseline == pytest.approx(0.3)
+    assert run(*words, "--export", "json", "--out", tmp_path / "elsewhere", "--json") == 0
+    assert (tmp_path / "elsewhere/alignment/deception/set1/1.json").is_file()
     assert run("--experiment", tree, "--layers", "best") == 2
     assert "--prompt-set" in capsys.readouterr().err
 
