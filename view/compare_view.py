@@ -13,6 +13,7 @@ from view import comparing
 from view.frame import NUMBERS, Host, View
 from view.group_view import Groups
 from view.plots import Lines
+from view.state import FIRST
 from view.store_view import Stores
 from view.tables import clickable, html
 from view.trajectories import called, texts_of
@@ -129,10 +130,22 @@ class Pair(View):
         shown["shared"] = [f"{share:.0%}" for share in shown["shared"]]
         self.pairs.value = shown
         if not self._chosen and len(found):
-            mine = found[(found["a"] == self.state.rollout) | (found["b"] == self.state.rollout)]
-            if len(mine) or self.state.rollout == self.model.first:
-                one = (mine if len(mine) else found).iloc[0]
-                self.page.go(rollout=str(one["a"]), others=[str(one["b"])])
+            shows = self.state.rollout
+            mine = found if shows == self.model.first else found[(found["a"] == shows) | (found["b"] == shows)]
+            if len(mine):
+                self._offer(mine.iloc[0])
+
+    def _offer(self, one: "pd.Series[Any]") -> None:
+        """Show the best pair, at its fork, and by what moves first in it unless a trait or a layer was chosen."""
+        state, model, names = self.state, self.model, (str(one["a"]), str(one["b"]))
+        fields: dict[str, Any] = {}
+        if state.token < 0 or state.rollout != names[0]:
+            fields["token"] = int(one["fork"])
+        if state.trait == next(iter(model.traits), "") and state.layer == FIRST and all(map(model.is_scored, names)):
+            first = self._find_moves(names)[0]["direction"].iloc[0]
+            direction = model.directions.set_index("direction").loc[first]
+            fields |= {"trait": str(direction["trait"]), "layer": str(direction["layer"])}
+        self.page.go(rollout=names[0], others=[names[1]], **fields)
 
     def _draw(self) -> None:
         model, state = self.model, self.state
@@ -182,13 +195,19 @@ class Pair(View):
         self._heading.object = f"<h2>{escape(why or 'Choose a pair, or name rollouts to compare with')}</h2>"
         self.texts.object = ""
 
-    def _show_moves(self, names: tuple[str, ...]) -> None:
-        model, two = self.model, names[:2]
+    def _find_moves(self, two: tuple[str, ...]) -> tuple[pd.DataFrame, float, int]:
+        """Return where each direction moves, and the first of the rules by which any does."""
+        model = self.model
         aligned = self._unsmoothed(two, fork=model.fork(two)).sel(direction=model.drawn(self.state.traits))
         for threshold, run in comparing.MOVED:
             found = comparing.first_moves(aligned, threshold=threshold, run=run)
             if found["moved_at"].notna().any():
                 break
+        return found, threshold, run
+
+    def _show_moves(self, names: tuple[str, ...]) -> None:
+        model, two = self.model, names[:2]
+        found, threshold, run = self._find_moves(two)
         texts = texts_of(model, two[1])
         found["text"] = [texts[int(at)] if pd.notna(at) else "" for at in found["moved_at"]]
         self._moves, self.moves.value = found, found[list(MOVES)]

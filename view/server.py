@@ -22,6 +22,13 @@ __all__ = ["build", "serve"]
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 COOKIE = "ads-view-token"
+UNSEEN_MS = 180_000
+"""For so long a page waits for its browser, which fetches megabytes of scripts first, or for one that went away.
+
+Bokeh's 15 s are too short for a slow line: who came later got an empty page.
+"""
+SILENT_S = 120.0
+"""A browser that does not answer for so long has gone; a busy machine is silent for longer than uvicorn's 20 s."""
 
 
 def build(stores: Sequence[Store], *, page: bool = True) -> FastAPI:
@@ -50,7 +57,8 @@ def build(stores: Sequence[Store], *, page: bool = True) -> FastAPI:
         models = Models(stores)
         panel.extension("tabulator")
         app.add_api_route("/favicon.ico", lambda: Response(status_code=204), include_in_schema=False)
-        add_applications({"/": lambda: document(models)}, app=app, title="Activations")
+        waiting: dict[str, Any] = {"unused_session_lifetime_milliseconds": UNSEEN_MS}
+        add_applications({"/": lambda: document(models)}, app=app, title="Activations", **waiting)
     return app
 
 
@@ -90,7 +98,7 @@ def serve(
     print(f"serving {url}  (Ctrl-C stops)", flush=True)
     if open_browser:
         webbrowser.open(url)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, ws_ping_timeout=SILENT_S)
     uvicorn.Server(config).run(sockets=[bound])
 
 

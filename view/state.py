@@ -8,7 +8,7 @@ import param
 
 from view.treatment import CLEANING, LINES, MODES, Treatment
 
-__all__ = ["VIEWS", "State", "from_query", "to_query"]
+__all__ = ["FIRST", "VIEWS", "State", "from_query", "to_query"]
 
 VIEWS = ("Overview", "Transcript", "Trajectories", "Compare")
 FIRST = "first"

@@ -136,7 +136,10 @@ def test_the_first_pair_is_offered_to_who_has_chosen_nothing(opened: list[datast
     page = page_of(opened, "?view=Compare")
     assert page.state.others == []
     threads.end()
-    assert (page.state.rollout, page.state.others) == ("g0-honest", ["g0-lie"])
+    first = table(page, "fork").iloc[0]
+    assert (page.state.rollout, page.state.others) == (first["a"], [first["b"]])
+    assert (first["label_a"], first["label_b"]) == ("honest", "fabrication")
+    assert (page.state.token, page.state.trait) == (stores.FORK, "bs/lying")  # at the fork, by what moves first there
     page.go(others=[])  # cleared by the reader, and not filled again by what comes of another label
     page.go(label="stakes", reference="")
     threads.end()
@@ -155,6 +158,18 @@ def test_a_reader_who_was_faster_than_the_pairs_keeps_what_was_chosen(
     threads.end()
     assert {name: getattr(page.state, name) for name in chosen} == chosen
     assert len(table(page, "fork")) == GAMES
+
+
+@pytest.mark.parametrize("asked", ["trait=mood/calm", "layer=4", "token=50"])
+def test_a_pair_is_offered_with_the_trait_and_the_token_that_were_asked_for(
+    opened: list[datastore.Store], threads: Threads, asked: str
+) -> None:
+    page = page_of(opened, f"?view=Compare&rollout=g1-honest&{asked}")
+    threads.end()
+    assert page.state.others == ["g1-lie"]
+    name, _, value = asked.partition("=")
+    assert str(getattr(page.state, name)) == value
+    assert page.state.trait == {"trait": value, "layer": "bs/evasion"}.get(name, "bs/lying")
 
 
 def test_a_rollout_of_the_address_is_kept_where_it_is_in_no_pair(

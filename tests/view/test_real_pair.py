@@ -137,12 +137,12 @@ def test_a_newcomer_finds_where_a_lie_parts_from_its_honest_twin(viewer: Viewer,
 
 
 def test_the_curves_of_a_pair_are_those_of_its_activations(viewer: Viewer, store: datastore.Store) -> None:
-    viewer.open("?view=Compare&smooth=1&mode=raw")
+    one = store.scores(rollouts=str(store.rollouts.index[0])).isel(direction=0)
+    viewer.open(f"?view=Compare&smooth=1&mode=raw&trait={one.trait.values}&layer={int(one.layer)}")
     row = viewer.cells(viewer.rows(column="fork").nth(2))
     a, b = until(row.all_inner_texts, lambda cells: len(cells) == 6, page=viewer.page)[:2]
     row.first.click()
     kinds = store.rollouts["classification"]
-    one = store.scores(rollouts=a).isel(direction=0)
     folder = GAME / "extraction" / str(one.trait.values)
     (file,) = folder.rglob(f"{one.method.values}/layer{int(one.layer)}.pt")
     vector = torch.load(file, weights_only=True).to(torch.float64).numpy()
