@@ -350,11 +350,11 @@ def test_statistics_kept_per_rollout(tmp_path: Path) -> None:
     assert close(kept.total("prompt"), prompts[0] + prompts[1])
 
 
-@pytest.mark.parametrize("names", [None, ["4", "0", "2"]])
+@pytest.mark.parametrize("names", [None, ["3", "0", "1"]])
 def test_tables_of_statistics_in_memory_that_is_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str] | None
 ) -> None:
-    monkeypatch.setattr(capture_group, "STATS_ROW_BYTES", 2 * 2 * 4 * 8)  # chunks of two rollouts
+    monkeypatch.setattr(capture_group, "STATS_ROW_BYTES", 3 * 2 * 4 * 8)  # chunks of three rollouts
     truth = Truth(tmp_path / "run.zarr")
     spec = ComponentSpec(name="residual", width=4, dtype="bfloat16")
     counts = (4000, 3000, 3500, 2000, 2500)
