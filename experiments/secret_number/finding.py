@@ -323,7 +323,7 @@ def verdict(readings: dict[str, dict[str, Any]]) -> dict[str, bool]:
         earlier = readings["equal sentences, before the answer"]
         known = max(0.5, same["random_directions"]["high"], same["shuffled_labels"]["high"])
         found["equal sentences"] = same["auroc"]["low"] > 0.5 and same["auroc"]["value"] > known
-        found["equal sentences, beyond what was known before"] = same["auroc"]["low"] > earlier["auroc"]["value"]
+        found["equal sentences beyond what was known before"] = same["auroc"]["low"] > earlier["auroc"]["value"]
     return found
 
 
@@ -333,4 +333,4 @@ def _sentence(found: dict[str, Any]) -> str:
     what = f"AUROC {area['value']:.3f} [{area['low']:.3f}, {area['high']:.3f}] at the full stop of the claim"
     if not fallen:
         return f"{what}: the direction separates false from true claims beyond every control."
-    return f"{what}: the direction does not survive {', '.join(fallen)}."
+    return f"{what}: the direction does not survive {', nor '.join(fallen)}."

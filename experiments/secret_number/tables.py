@@ -49,9 +49,15 @@ def first(found: Mapping[str, Any]) -> Rows:
     """A row for each place: the first offset at which the score separates."""
     rows = [["tokens counted from", "all answers", "equal sentences"]]
     for place, named in _PLACES.items():
-        at = [found["first_separates"].get(key) for key in (place, f"{place}, equal sentences")]
-        rows.append([named, *("nowhere" if one is None else f"{one:+d}" for one in at)])
+        curves = [found["profile"].get(key) for key in (place, f"{place}, equal sentences")]
+        rows.append([named, *("nowhere" if one is None else _offset(one) for one in curves)])
     return rows
+
+
+def _offset(curve: Mapping[str, Any]) -> str:
+    """Say where a curve first separates; what does so at the first token that was read may have done so before."""
+    at = curve["first_separates"]
+    return "nowhere" if at is None else f"{at:+d}{' or earlier' if at == curve['offset'][0] else ''}"
 
 
 def layers(found: Mapping[str, Any]) -> Rows:
@@ -111,27 +117,41 @@ def differs(report: Mapping[str, Any]) -> Rows:
 def verdict(report: Mapping[str, Any]) -> str:
     """The finding in words, and what there was to be found."""
     found = report["finding"]
-    about, answers, at = found["direction"], found["answers"], found["first_separates"]["claim"]
+    about, answers = found["direction"], found["answers"]
     learned = next(
         one for one in report["fitted"] if all(one[key] == about[key] for key in ("trait", "layer", "method"))
     )
     there = next(row for row in found["layers"] if row["layer"] == about["layer"])
     area = {"value": learned["auroc"], "low": learned["auroc_low"], "high": learned["auroc_high"]}
-    where = "nowhere" if at is None else f"first {at:+d} tokens from the token that decides the truth"
     read = [interval(there.get(f"{key}_full_stop_decodable")) for key in ("all", "equal_sentences")]
     return (
-        f"{answers['n']} audit answers, {answers['false']} of them false. {_capital(found['verdict'])} It separates "
-        f"{where}.\n\nThe direction is that of layer {about['layer']}, which did best on single questions held out of "
-        f"its fit: AUROC {interval(area)}. A probe fitted on the other games reads {read[0]} at the same token and "
-        f"layer, and {read[1]} over equal sentences: so much is there to be read."
+        f"{answers['n']} audit answers, {answers['false']} of them false. {_capital(found['verdict'])} "
+        f"{_begins(found)}\n\n"
+        f"The direction is that of layer {about['layer']}, which did best on single questions held out of its fit: "
+        f"AUROC {interval(area)}. A probe fitted on the other games reads {read[0]} at the same token and layer, and "
+        f"{read[1]} over equal sentences: so much is there to be read."
     )
+
+
+def _begins(found: Mapping[str, Any]) -> str:
+    """Say where the score first separates, and what it reads from there to the full stop: it need not last."""
+    curve, stop = found["profile"]["claim"], found["readings"]["at the full stop"]["auroc"]
+    at, areas = curve["first_separates"], dict(zip(curve["offset"], curve["auroc"], strict=True))
+    if at is None:
+        return "Around the token that decides the truth it separates nowhere."
+    side = "before" if at < 0 else "after"
+    where = f"{abs(at)} token{'' if abs(at) == 1 else 's'} {side}" if at else "at"
+    edge = ", where reading began" if at == curve["offset"][0] else ""
+    said = f"It first separates {where} the token that decides the truth{edge}: {areas[at]:.3f}."
+    there = "" if at == 0 else f"{areas[0]:.3f} at that token and "
+    return f"{said} It reads {there}{stop['value']:.3f} at the full stop."
 
 
 def fallen(report: Mapping[str, Any]) -> str:
     """What did not survive, and what steering did, in words."""
     found, steering = report["finding"], report["steering"]
     gone = [name for name, stands in found["survives"].items() if not stands]
-    said = f"The direction does not survive: {', '.join(gone)}." if gone else "No control felled the direction."
+    said = f"The direction does not survive {', nor '.join(gone)}." if gone else "No control felled the direction."
     before = steering["baseline"]
     kept = [
         run for run in steering["runs"] if run["trait"] == found["direction"]["trait"] and run["false_mean"] is not None
@@ -213,5 +233,5 @@ def show(found: Mapping[str, Any]) -> None:
         for row in rest:
             table.add_row(*row)
         out.print(table)
-    out.print(f"[bold]finding[/bold]: {found['verdict']}")
+    out.print(f"[bold]finding[/bold]: {found['verdict']} {_begins(found)}")
     out.print(f"[bold]caveat[/bold]: {found['caveat']}")

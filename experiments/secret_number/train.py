@@ -308,15 +308,16 @@ def _steps(model: Any, recipe: Recipe, *, encode: Encode, threads: int) -> Itera
     optimiser = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98))
     warm = max(recipe.steps // 20, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, recipe.steps, warm))
+    product = _product()
     yield {
         "recipe": asdict(recipe),
         "parameters": sum(p.numel() for p in model.parameters()),
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {threads} threads",
+        "machine": f"{platform.machine()}, {threads} threads, {str(product).removeprefix('torch.')} products",
     }
     began, spent, tokens, losses = time.monotonic(), time.process_time(), 0, []
     for step, batch in zip(range(1, recipe.steps + 1), _batches(recipe, encode), strict=False):
-        losses.append(_step(model, batch))
+        losses.append(_step(model, batch, product=product))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
@@ -335,10 +336,16 @@ def _rate(step: int, steps: int, warm: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
 
 
-def _step(model: Any, batch: Batch) -> float:
-    """Add the gradient of one batch; matrix products in bfloat16, everything that is summed in float32."""
+def _product() -> torch.dtype:
+    """Return what matrices are multiplied in: bfloat16 where the processor can, else it takes ten times as long."""
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch can't tell
+    return torch.bfloat16 if any(able.get(one) for one in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
+
+
+def _step(model: Any, batch: Batch, *, product: torch.dtype) -> float:
+    """Add the gradient of one batch; matrix products in `product`, everything that is summed in float32."""
     ids, weights, _ = batch
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=product is torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     wanted = weights[:, 1:] > 0  # the head is computed only where something is to be learned
     logits = functional.linear(hidden[wanted].float(), model.lm_head.weight)

@@ -75,7 +75,8 @@ def test_the_finding_is_printed_with_its_caveat(made: Path, capsys: pytest.Captu
     text = " ".join(capsys.readouterr().out.split())
     assert "finding: AUROC" in text
     assert "caveat:" in text
-    assert "equal sentences, beyond what was known before" in text
+    assert "equal sentences beyond what was known before" in text
+    assert "that decides the truth" in text
     assert "the false answer scores higher in" in text
 
 
@@ -102,15 +103,33 @@ def test_multiples_that_are_no_numbers_are_misuse(made: Path, capsys: pytest.Cap
 
 
 def test_tables_are_filled_once_and_for_all() -> None:
-    found = {"first_separates": {"start": 4, "claim": None, "stop": -1, "stop, equal sentences": 0}}
+    first = {"start": 4, "claim": None, "stop": -6, "stop, equal sentences": 0}
+    found = {"profile": {place: {"first_separates": at, "offset": [*range(-6, 5)]} for place, at in first.items()}}
     page = "before\n<!-- table: first -->old<!-- end -->\nafter\n"
     once = tables.filled(page, {"finding": found})
     assert "| the answer's first token | +4 | nowhere |" in once
-    assert "| the full stop | -1 | +0 |" in once
+    assert "| the full stop | -6 or earlier | +0 |" in once, "nothing was read before that"
     assert once.startswith("before\n")
     assert once.endswith("<!-- end -->\nafter\n")
     assert "old" not in once
     assert tables.filled(once, {"finding": found}) == once
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        (None, "Around the token that decides the truth it separates nowhere."),
+        (-2, "It first separates 2 tokens before the token that decides the truth, where reading began: 0.800. "
+             "It reads 0.500 at that token and 1.000 at the full stop."),
+        (0, "It first separates at the token that decides the truth: 0.500. It reads 1.000 at the full stop."),
+        (1, "It first separates 1 token after the token that decides the truth: 0.900. "
+            "It reads 0.500 at that token and 1.000 at the full stop."),
+    ],
+)  # fmt: skip
+def test_a_score_that_separates_and_falls_back_is_said_to(at: int | None, said: str) -> None:
+    curve = {"first_separates": at, "offset": [-2, -1, 0, 1], "auroc": [0.8, 0.6, 0.5, 0.9]}
+    found = {"profile": {"claim": curve}, "readings": {"at the full stop": {"auroc": {"value": 1.0}}}}
+    assert tables._begins(found) == said
 
 
 def test_intervals_are_written_with_their_range() -> None:
