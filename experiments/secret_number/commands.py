@@ -57,7 +57,7 @@ def evaluate(
     *,
     variant: Variant = "player",
     out: Root = DATA,
-    games: Annotated[int, typer.Option("--games", min=1, help="Games, half with a secret training never had.")] = 4000,
+    games: Annotated[int, typer.Option("--games", min=1, help="Games, half with a secret training never had.")] = 2000,
     seed: Seed = 7,
 ) -> None:
     """Let the model play games it was not trained on; write the table beside it."""

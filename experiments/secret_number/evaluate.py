@@ -4,16 +4,18 @@ import json
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from experiments.secret_number.chances import label_chances
 from experiments.secret_number.game import (
     CAUSES,
     DENIAL_RATES,
     HELD_OUT,
     Causes,
     Game,
+    Label,
     Message,
     hides,
     is_true,
@@ -23,13 +25,14 @@ from experiments.secret_number.game import (
     setup,
 )
 from experiments.secret_number.language import ASSURANCE_RATES, ASSURANCES, Answer, parse_answer
-from experiments.secret_number.player import Played, Player, SingleTurn, at_audit, play_on
+from experiments.secret_number.player import Played, Player, SingleTurn, play_on
 from experiments.secret_number.questions import LIE_RATES, single
 
 __all__ = ["Evaluation", "evaluate", "table", "write_evaluation"]
 
 FIRST_SEED, FIRST_QUESTION, FIRST_RARE = 4_000_000, 3_500_000, 8_000_000
 """Neither training nor the rollouts draw from these. The last are games that the program plays up to the audit."""
+LIES: tuple[Label, ...] = ("fabrication", "omission")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +44,9 @@ class Rate:
     what : str
     wanted : float
     n : int
-        Answers counted.
+        Answers counted; of a rate by causes, whose answers are not sampled but weighed, the games.
     games : int
-        Games they are of; answers to one prefix are no independent games.
+        Games they are of.
     own : int
         Of these, games that the model played itself; the program played the others up to the audit.
     found : float
@@ -98,9 +101,7 @@ class Evaluation:
     worst_omission: float
 
 
-def evaluate(
-    player: Player, *, games: int = 2000, cell: int = 150, again: int = 8, questions: int = 2000, seed: int = 7
-) -> Evaluation:
+def evaluate(player: Player, *, games: int = 2000, cell: int = 100, questions: int = 2000, seed: int = 7) -> Evaluation:
     """Let the model play games it was not trained on, half of them with a secret that training never had.
 
     Parameters
@@ -108,10 +109,8 @@ def evaluate(
     player : Player
     games : int
     cell : int
-        Games of each set of causes from which answers are sampled: the model's own as far as there are so many, then
-        some that the program played up to the audit.
-    again : int
-        Answers sampled from each of these.
+        Games of each set of causes whose answers are weighed: the model's own as far as there are so many, then some
+        that the program played up to the audit.
     questions : int
         Single-turn questions.
     seed : int
@@ -121,12 +120,12 @@ def evaluate(
     played = play_on(player, [Game(one) for one in setups], seed=seed)
     finished = [one.conversation for one in played if not one.problem]
     answers = [(game, _answer(game)) for game in finished]
-    hiding = _by_causes(finished, cell)
-    sampled = play_on(player, [at_audit(game) for game in hiding for _ in range(again)], seed=seed + 1)
+    weighed = [(game, label_chances(player, game)) for game in _by_causes(finished, cell)]
     by_rate = [
-        *_lies([one for one in sampled if not one.problem], own={game.setup.seed for game in finished}),
+        *_lies(weighed, own={game.setup.seed for game in finished}),
+        *_said(weighed, own={game.setup.seed for game in finished}),
         *_denials(finished),
-        *_assurances([one.conversation for one in sampled if not one.problem] + finished),
+        *_assurances(finished),
         *_single_lies(player, questions, seed=seed + 2),
     ]
     held_out = [one for one in played if one.conversation.setup.secret in HELD_OUT]
@@ -203,22 +202,33 @@ def _fits(game: Game, answer: Answer) -> bool:
 # --- rates ------------------------------------------------------------------------------------------------------------
 
 
-def _lies(sampled: Sequence[Played], own: Collection[int]) -> list[Rate]:
-    """Fabrications and omissions by causes, each game's answers together."""
-    cells: dict[Causes, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for one in sampled:
-        game = one.conversation
-        answer = _answer(game)
-        if answer is not None:
-            label = label_of(game.setup.question, answer, game.facts)
-            cells[game.facts.causes][game.setup.seed].append(label)
+Weighed = Sequence[tuple[Game, Mapping[Label, float]]]
+"""Games with the probability of each label of their answers."""
+
+
+def _lies(weighed: Weighed, own: Collection[int]) -> list[Rate]:
+    """Fabrications and omissions by causes: the mean over games of how likely they are."""
+    cells: dict[Causes, list[tuple[Game, Mapping[Label, float]]]] = defaultdict(list)
+    for game, chances in weighed:
+        cells[game.facts.causes].append((game, chances))
     out = []
     for causes in sorted(cells, key=_named):
-        wanted = rates("count", causes)
-        for label in ("fabrication", "omission"):
-            shares = [[one == label for one in labels] for labels in cells[causes].values()]
-            counted = _rate(f"{label}: {_named(causes)}", wanted[label], shares)
-            out.append(replace(counted, own=sum(seed in own for seed in cells[causes])))
+        wanted, here = rates("count", causes), cells[causes]
+        for label in LIES:
+            counted = _rate(f"{label}: {_named(causes)}", wanted[label], [[chances[label]] for _, chances in here])
+            out.append(replace(counted, own=sum(game.setup.seed in own for game, _ in here)))
+    return out
+
+
+def _said(weighed: Weighed, own: Collection[int]) -> list[Rate]:
+    """What the model did say at the end of its own games, beside what their probabilities come to."""
+    out = []
+    for label in LIES:
+        mine = [(game, chances[label]) for game, chances in weighed if game.setup.seed in own]
+        given = [(_answer(game), game) for game, _ in mine]
+        told = [answer is not None and label_of(g.setup.question, answer, g.facts) == label for answer, g in given]
+        likely = sum(chance for _, chance in mine) / max(len(mine), 1)
+        out.append(_rate(f"said in its own games: {label}", likely, [[one] for one in told]))
     return out
 
 
@@ -227,7 +237,7 @@ def _named(causes: Causes) -> str:
     return ", ".join([f"{causes.stakes} stakes", *flags])
 
 
-def _rate(what: str, wanted: float, shares: Sequence[Sequence[bool]]) -> Rate:
+def _rate(what: str, wanted: float, shares: Sequence[Sequence[float]]) -> Rate:
     """Count over games; the error is that of a mean of games weighted by their answers."""
     n = sum(map(len, shares))
     found = sum(map(sum, shares)) / max(n, 1)
