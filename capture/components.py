@@ -243,11 +243,16 @@ class _Site:
                 f"{here.component}={self.blocks_path}.{{layer}}..."
             )
         else:
-            name = _child(block, ATTENTION_NAMES if here.component == "attn_out" else MLP_NAMES)
+            names = ATTENTION_NAMES if here.component == "attn_out" else MLP_NAMES
+            name = _child(block, names)
+            if not name:
+                return self._no_module(here, names, block)
         return replace(here, path=f"{here.path}.{name}")
 
     def _key_or_value(self, here: Hook, block: nn.Module) -> Hook | str:
         name = self.family.attention if self.family else _child(block, ATTENTION_NAMES)
+        if not name:
+            return self._no_module(here, ATTENTION_NAMES, block)
         attention = block.get_submodule(name)
         single = getattr(attention, here.component, None)
         width = _width(single, "output") if isinstance(single, nn.Module) else None
@@ -259,6 +264,14 @@ class _Site:
             path, width = f"{here.path}.{name}.{fused}", columns.groups * columns.width
             return replace(here, path=path, columns=columns, width=width)
         return self._no_key_or_value(here, name, attention)
+
+    def _no_module(self, here: Hook, names: Sequence[str], block: nn.Module) -> str:
+        there = ", ".join(child for child, _ in block.named_children())
+        return (
+            f"layer {here.layer} of {self.model_type} has none of {', '.join(names)}, so its {here.component} is not "
+            f"found; it has {there}; leave {here.component} out, or give --hook-path "
+            f"{here.component}={self.blocks_path}.{{layer}}..."
+        )
 
     def _no_key_or_value(self, here: Hook, name: str, attention: nn.Module) -> str:
         there = ", ".join(child for child, _ in attention.named_children())

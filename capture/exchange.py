@@ -249,7 +249,7 @@ def list_components(
     from capture.components import describe_components
     from capture.report import ranges
 
-    info = loading.describe(model, revision=revision, trust_remote_code=trust_remote_code)
+    info = loading.describe(model, revision=revision, trust_remote_code=trust_remote_code, tokenizer=False)
     table = describe_components(info.config, dtype=info.dtype, hook_paths=paths, trust_remote_code=trust_remote_code)
     rows = _component_rows(table)
     if as_json:

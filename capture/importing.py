@@ -134,7 +134,7 @@ def survey(
             raws.append(raw)
         except ExperimentError as error:
             if not keep_going:
-                raise
+                raise _stopped(error) from error
             skipped[file] = str(error)
         tick(number + 1, len(files))
     for raw in raws:
@@ -145,7 +145,7 @@ def survey(
             notes.extend(said)
         except (ExperimentError, CaptureError) as error:
             if not keep_going:
-                raise
+                raise _stopped(error) from error
             skipped[raw.path] = str(error)
     _refuse_twice(found)
     if not found:
@@ -155,10 +155,26 @@ def survey(
         found=found,
         skipped=skipped,
         model={"name": model} if model else _model(found, responses),
-        notes=responses.notes + notes,
+        notes=responses.notes + notes + ([] if tokenizer else _textless(found, spoken)),
         tokenizer=tokenizer or spoken,
         spoken=tokenizer is None,
     )
+
+
+def _textless(found: Sequence[Found], spoken: SpokenTokens) -> list[str]:
+    """Say of how many rollouts the text will not be known."""
+    without = [one.raw.path for one in found if not spoken.text.keys() >= set(one.rollout.computed_ids.tolist())]
+    if not without:
+        return []
+    return [
+        f"{len(without)} of {len(found)} files, such as {without[0]}, do not say the text of all their tokens, so "
+        "these rollouts have none; give --tokenizer NAME for it"
+    ]
+
+
+def _stopped(error: ExperimentError | CaptureError) -> ExperimentError | CaptureError:
+    """Say of a file that can't be imported how to go on without it."""
+    return type(error)(f"{error}; nothing was imported, --keep-going leaves such files out")
 
 
 def _why(skipped: Mapping[Path, str]) -> str:

@@ -12,7 +12,7 @@ from capture.errors import RequestError
 from datastore.labels import add_annotations, add_labels
 from datastore.query import Store
 from datastore.schema import Annotation, LabelValue
-from experiments.annotations import Span, TextSpan, token_range
+from experiments.annotations import ResponseSpan, Span, TextSpan, token_range
 from experiments.labelfile import read_labels
 
 __all__ = ["Labelled", "label"]
@@ -132,7 +132,8 @@ def _ranges(store: Store, rollout_id: str, spans: Sequence[Span], *, done: Label
                 continue
             start, stop = place
         else:
-            start, stop = span.token_start, span.token_end
+            first = _response(store, rollout_id) if isinstance(span, ResponseSpan) else 0
+            start, stop = first + span.token_start, first + span.token_end
         if stop > n:
             done.notes.append(
                 f"rollout {rollout_id!r}: {span.label!r} ends at token {stop}, beyond its {n} tokens; it was left out"
@@ -142,10 +143,15 @@ def _ranges(store: Store, rollout_id: str, spans: Sequence[Span], *, done: Label
     return found
 
 
+def _response(store: Store, rollout_id: str) -> int:
+    """Return where the response begins; with the whole where there is none."""
+    n, cut = (int(store.rollouts[name][rollout_id]) for name in ("n_tokens", "prompt_end"))
+    return cut if cut < n else 0
+
+
 def _find(store: Store, rollout_id: str, text: str) -> tuple[int, int] | None:
     """Find a text in the response, or in the whole where there is none."""
-    tokens, cut = store.tokens(rollout_id), int(store.rollouts["prompt_end"][rollout_id])
-    first = cut if cut < len(tokens) else 0
+    tokens, first = store.tokens(rollout_id), _response(store, rollout_id)
     pieces = [one.encode() if isinstance(one, str) else b"" for one in tokens["text"].tolist()[first:]]
     place = token_range(pieces, text)
     return None if place is None else (first + place[0], first + place[1])

@@ -71,6 +71,7 @@ def describe(
     trust_remote_code: bool = False,
     adapter: str | None = None,
     quantize: str | None = None,
+    tokenizer: bool = True,
 ) -> ModelInfo:
     """Read config and tokenizer; no weights are read, and none downloaded.
 
@@ -83,6 +84,8 @@ def describe(
         Directory or Hub id of a LoRA adapter to run over the model.
     quantize : str, optional
         `8bit` or `4bit`, by bitsandbytes while loading.
+    tokenizer : bool
+        Whether it is needed; without one nothing can be captured.
 
     Raises
     ------
@@ -109,7 +112,7 @@ def describe(
         model_id=_directory_id(directory) if directory else name,
         revision=commit,
         config=config,
-        tokenizer=_tokenizer(name, config, revision, trust_remote_code=trust_remote_code),
+        tokenizer=_tokenizer(name, config, revision, trust_remote_code=trust_remote_code) if tokenizer else None,
         n_layers=_size(text, "num_hidden_layers", name),
         hidden=_size(text, "hidden_size", name),
         context=getattr(text, "max_position_embeddings", None),
@@ -268,8 +271,7 @@ def _facts(info: ModelInfo, *, dtype: str, device: str, attn_implementation: str
 
 
 def _directory(name_or_dir: str | Path) -> Path | None:
-    """The directory that is meant, checked; None for a Hub id, which is `name` or `owner/name` and no "
-    "directory here."""
+    """The directory that is meant, checked; None for a Hub id: `name` or `owner/name`, and no directory here."""
     path, text = Path(name_or_dir).expanduser(), str(name_or_dir)
     if not isinstance(name_or_dir, Path) and not path.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text):
         return None

@@ -283,6 +283,9 @@ def compact_captures(
     if as_json:
         console.emit_json(found)
         return
+    if not planned.plans:
+        console.stdout().print(f"nothing of {store} is to be compacted; gc frees what no longer counts")
+        return
     verb = "would rewrite" if dry_run else "rewrote"
     console.stdout().print(f"{verb} {len(planned.captures)} captures of {store} as {len(planned.plans)}")
 

@@ -286,6 +286,8 @@ def _sentence(error: BaseException) -> str:
         named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{named}: {error.strerror}." if named else f"{error.strerror}."
     shown = getattr(error, "format_message", None)
+    if isinstance(error, typer.BadParameter) and error.param is None:
+        return error.message  # our own, which names the option; the parser's begins with the one it was at
     return str(shown() if shown else error)
 
 

@@ -47,7 +47,8 @@ def _models(captures: "list[Capture]") -> list[dict[str, Any]]:
     models: dict[str, dict[str, Any]] = {}
     for one in captures:
         model = dict(one.attrs["provenance"].get("model") or {})
-        revision = model.get("revision") or f"weights sha256 {str(model.get('weights_sha256'))[:12]}"
+        weights = model.get("weights_sha256")
+        revision = model.get("revision") or (f"weights sha256 {weights[:12]}" if weights else "weights unknown")
         known = {k: model.get(k) or "unknown" for k in ("name", "model_type", "dtype")}
         models.setdefault(one.model, {**known, "revision": revision})
     return list(models.values())

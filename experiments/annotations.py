@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from experiments.errors import ExperimentError, step_by_step
 from experiments.jsonfile import MAX_BYTES, load_json
 
-__all__ = ["Span", "TextSpan", "TokenSpan", "parse_annotations", "read_annotations", "token_range"]
+__all__ = ["ResponseSpan", "Span", "TextSpan", "TokenSpan", "parse_annotations", "read_annotations", "token_range"]
 
 
 class TokenSpan(BaseModel):
@@ -28,6 +28,10 @@ class TokenSpan(BaseModel):
         if self.token_end < self.token_start:
             raise ValueError(f"token_end {self.token_end} lies before token_start {self.token_start}")
         return self
+
+
+class ResponseSpan(TokenSpan):
+    """A labelled token range, half-open, from the first token of the response."""
 
 
 class TextSpan(BaseModel):

@@ -4,12 +4,14 @@ import csv
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.annotations import Span, parse_annotations
+from pydantic import ValidationError
+
+from experiments.annotations import ResponseSpan, Span, parse_annotations
 from experiments.errors import ExperimentError
 from experiments.formats import labels_of
 from experiments.jsonfile import load_records, read_text, where
@@ -42,7 +44,8 @@ def read_labels(path: str | Path) -> Labels:
 
     CSV: a column `rollout_id` (or `id`, or `file`, as in `71.json`), each other column a label, its type that of all
     its values; an empty cell is no value. JSON or JSON lines: objects with `rollout_id` (or `id`), or one object of id
-    to labels; audit classifications; annotations in either of their two forms.
+    to labels; audit classifications; annotations in either of their two forms; `detailed_annotations` of biases, whose
+    token ranges count from the response.
 
     Raises
     ------
@@ -55,6 +58,8 @@ def read_labels(path: str | Path) -> Labels:
     document, lines = load_records(path)
     if isinstance(document, dict) and isinstance(document.get("classifications"), list):
         return Labels(samples=_samples(document["classifications"], path))
+    if isinstance(document, dict) and isinstance(document.get("detailed_annotations"), dict):
+        return _exploitations(document["detailed_annotations"], path)
     if isinstance(document, dict) and document and _are_annotations(document):
         return Labels(annotations=parse_annotations(document, source=str(path)))
     if isinstance(document, dict):
@@ -72,7 +77,9 @@ def _are_annotations(document: Mapping[str, Any]) -> bool:
     return all(isinstance(one, dict) and isinstance(one.get("annotations"), list) for one in document.values())
 
 
-def _records(records: list[tuple[Any, int]], path: Path) -> dict[str, dict[str, LabelValue]]:
+def _records(
+    records: list[tuple[Any, int]], path: Path, *, labels: Callable[[dict[str, Any]], dict[str, LabelValue]] = labels_of
+) -> dict[str, dict[str, LabelValue]]:
     found: dict[str, dict[str, LabelValue]] = {}
     for record, number in records:
         place = where(path, number or None)
@@ -82,7 +89,7 @@ def _records(records: list[tuple[Any, int]], path: Path) -> dict[str, dict[str, 
         name = str(record[key])
         if name in found:
             raise ExperimentError(f"{place}: rollout {name!r} is there twice; give its labels once")
-        found[name] = labels_of({k: v for k, v in record.items() if k != key})
+        found[name] = labels({k: v for k, v in record.items() if k != key})
         if any(isinstance(v, float) and not math.isfinite(v) for v in found[name].values()):
             raise ExperimentError(f"{place}: rollout {name!r} has a label that is not finite; write it as text")
     if not found:
@@ -101,6 +108,26 @@ def _samples(classifications: list[Any], path: Path) -> dict[tuple[str, int], Ma
             labels["classification_justification"] = one["justification"]
         found[one["run"], one["sample"]] = labels
     return found
+
+
+def _exploitations(entries: Mapping[str, Any], path: Path) -> Labels:
+    """Read where responses exploit which bias: each entry's own values are labels, its `exploitations` annotations."""
+    try:
+        own = [{k: v for k, v in entry.items() if k != "exploitations"} for entry in entries.values()]
+        spans = {
+            name: tuple(
+                ResponseSpan(token_start=one["tokens"][0], token_end=one["tokens"][1], label=f"bias {one['bias']}")
+                for one in entry.get("exploitations", ())
+            )
+            for name, entry in entries.items()
+        }
+    except (KeyError, IndexError, TypeError, AttributeError, ValidationError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise ExperimentError(
+            f"{path}: an exploitation is not valid ({said}); each needs `bias` and `tokens` of two numbers"
+        ) from None
+    named = [({"rollout_id": name, **one}, 0) for name, one in zip(entries, own, strict=True)]
+    return Labels(labels=_records(named, path), annotations=spans)
 
 
 def _csv(path: Path) -> dict[str, dict[str, LabelValue]]:
@@ -126,7 +153,7 @@ def _csv(path: Path) -> dict[str, dict[str, LabelValue]]:
         ({"rollout_id": _named(row[at], key) or None, **{name: values[i] for name, values in columns.items()}}, number)
         for i, (number, row) in enumerate(body)
     ]
-    return _records(records, path)
+    return _records(records, path, labels=lambda row: {k: v for k, v in row.items() if v is not None})
 
 
 def _named(cell: str, column: str) -> str:

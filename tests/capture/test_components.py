@@ -239,6 +239,10 @@ def test_where_structure_says_nothing_the_error_names_what_was_looked_for_and_a_
     with torch.no_grad():
         assert np.array_equal(rows["residual", 1, "a"], model(torch.arange(5)[None])[0].numpy())
     assert np.array_equal(rows["mlp_out", 1, "a"], rows["residual", 0, "a"])
+    assert table.components == ("residual", "resid_pre", "mlp_out"), "a block is not its own attention"
+    for component in ("attn_out", "k_proj"):
+        with pytest.raises(RequestError, match=rf"none of self_attn, .* its {component} is not found; it has mixer"):
+            table.hook(component, 0)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import BloomConfig
 
 import datastore
+from capture.errors import ModelError
+from capture.loading import describe
 from tests.capture.cli import Command, command
 from tests.capture.stories import MODEL
 
@@ -91,3 +94,13 @@ def test_a_models_components_are_listed_with_paths_and_widths(command: Command) 
     assert (rows["k_proj"]["width"], rows["k_proj"]["module"]) == (heads, "layers.{layer}.self_attn.k_proj")
     assert all(row["layers"] == list(range(found["n_layers"])) for row in rows.values())
     assert "layers.{layer}.self_attn.k_proj" in command("components", MODEL).out
+
+
+def test_components_are_listed_from_a_config_without_weights_or_tokenizer(command: Command, tmp_path: Path) -> None:
+    BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64, dtype="bfloat16").save_pretrained(tmp_path / "bare")
+    told = command("components", tmp_path / "bare", "--json")
+    assert told.code == 0, told.err
+    widths = {row["component"]: row.get("width") for row in told.json["components"]}
+    assert (widths["residual"], widths["mlp_out"]) == (32, 32)
+    with pytest.raises(ModelError, match="has no tokenizer that can be read"):
+        describe(tmp_path / "bare")

@@ -68,3 +68,19 @@ def test_ids_of_another_store_and_names_of_columns_are_refused(store: Path, tmp_
     (tmp_path / "l.csv").write_text("id,n_tokens\n71,2\n")
     assert "a label can't be called n_tokens" in command("label", store, tmp_path / "l.csv").err
     assert not list((store / "labels").glob("0*"))
+
+
+def test_ranges_that_count_from_the_response(store: Path, tmp_path: Path, command: Command) -> None:
+    spans = [{"bias": 38, "tokens": [1, 3], "text": "not looked at", "note": "n"}, {"bias": 4, "tokens": [2, 4]}]
+    entries = {"71": {"intended_bias": 44, "exploitations": spans}, "72": {"intended_bias": 2, "exploitations": []}}
+    (tmp_path / "b.json").write_text(json.dumps({"metadata": {"date": "d"}, "detailed_annotations": entries}))
+    told = command("label", store, tmp_path / "b.json")
+    assert told.code == 0, told.err
+    assert "'bias 4' ends at token 6, beyond its 5 tokens; it was left out" in told.err
+    opened = datastore.open(store)
+    assert opened.annotations.values.tolist() == [["71", 3, 5, "bias 38"]]
+    assert opened.rollouts["intended_bias"].to_dict() == {"71": 44, "72": 2}
+    entries["71"]["exploitations"] = [{"bias": 38}]
+    (tmp_path / "b.json").write_text(json.dumps({"detailed_annotations": entries}))
+    refused = command("label", store, tmp_path / "b.json")
+    assert (refused.code, "an exploitation is not valid ('tokens')" in refused.err) == (2, True)

@@ -26,6 +26,11 @@ def test_a_table_gives_each_column_the_type_of_all_its_values(tmp_path: Path) ->
     assert isinstance(read_labels(file(tmp_path, "l.csv", text)).labels["71"]["x"], float)
 
 
+def test_every_column_is_a_label_also_one_called_as_a_part_of_a_response(tmp_path: Path) -> None:
+    text = "file,tokens,response\n1.json,7084,yes\n"
+    assert read_labels(file(tmp_path, "l.csv", text)).labels == {"1": {"tokens": 7084, "response": "yes"}}
+
+
 @pytest.mark.parametrize(
     "content",
     [
