@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import sqlite3
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -84,12 +85,19 @@ class Service:
 
         Raises
         ------
-        sqlite3.Error
+        CaptureError
             The file of the tasks can't be used.
         """
         loop = asyncio.get_running_loop()
-        self._file = await loop.run_in_executor(self._disk, TaskFile, self._file_path)
-        self._tasks = {task.id: task for task in await loop.run_in_executor(self._disk, self._file.load)}
+        try:
+            self._file = await loop.run_in_executor(self._disk, TaskFile, self._file_path)
+            self._tasks = {task.id: task for task in await loop.run_in_executor(self._disk, self._file.load)}
+        except (sqlite3.Error, CaptureError) as error:
+            if self._file is not None:
+                await loop.run_in_executor(self._disk, self._file.close)
+            raise CaptureError(
+                f"{self._file_path} can't keep the tasks ({error}); move it away, or name another with --tasks"
+            ) from error
         self.model.start()
         self._runner = asyncio.create_task(self._run())
 
@@ -110,6 +118,7 @@ class Service:
         for task in self.waiting:
             task.end("interrupted", error=INTERRUPTED)
             self._save(task)
+            LOG.info(_said(task))
         if self._file is not None:
             await asyncio.get_running_loop().run_in_executor(self._disk, self._file.close)
         self._disk.shutdown()
@@ -288,8 +297,8 @@ class Service:
         finally:
             saving.cancel()
             self._running = None
-        await self._save(task)
         LOG.log(logging.ERROR if task.state == "failed" else logging.INFO, _said(task))
+        await self._save(task)
 
     async def _save_often(self, task: Task) -> None:
         while True:

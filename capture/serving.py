@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -280,12 +279,7 @@ async def _serve(
     server, stopped = _Server(config), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    try:
-        await service.start()
-    except sqlite3.Error as error:
-        raise CaptureError(
-            f"{tasks} can't keep the tasks ({error}); move it away, or name another with --tasks"
-        ) from error
+    await service.start()
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     host, port = sock.getsockname()[:2]
     LOG.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from capture.errors import CaptureError
 from capture.messages import ENDED, CaptureOrder, Progress, State, TaskStatus
 
 __all__ = ["INTERRUPTED", "Task", "TaskFile"]
@@ -21,6 +22,7 @@ INTERRUPTED = (
     "the server ended before this capture did; nothing half-done was committed and what is finished is kept, send the "
     "same request again to go on"
 )
+_SAVED = "saved"
 _SCHEMA = "CREATE TABLE IF NOT EXISTS tasks (id TEXT PRIMARY KEY, created REAL NOT NULL, record TEXT NOT NULL)"
 
 
@@ -71,9 +73,9 @@ class Task:
         self.state, self.began = "running", time.time()
         self.tell()
 
-    def end(self, state: State, *, error: str | None = None) -> None:
-        """Note how it ended; the clock stops."""
-        self.state, self.error, self.ended = state, error, time.time()
+    def end(self, state: State, *, error: str | None = None, at: float | None = None) -> None:
+        """Note how it ended, now or at some time; the clock stops."""
+        self.state, self.error, self.ended = state, error, time.time() if at is None else max(at, self.created)
         self.progress = self.progress.model_copy(update={"eta_seconds": None})
         self.tell()
 
@@ -132,17 +134,17 @@ class Task:
         )
 
     def record(self) -> str:
-        """Everything of it as JSON."""
+        """Everything of it as JSON, and when that was written: a server that is killed says no more."""
         kept = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "changed"}
-        return json.dumps(
-            {**kept, "order": self.order.model_dump(mode="json"), "progress": self.progress.model_dump(mode="json")}
-        )
+        order, progress = self.order.model_dump(mode="json"), self.progress.model_dump(mode="json")
+        return json.dumps({**kept, "order": order, "progress": progress, _SAVED: time.time()})
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Task":
         """Read back what `record` wrote."""
         order, progress = CaptureOrder.model_validate(record["order"]), Progress.model_validate(record["progress"])
-        return cls(**{**record, "order": order, "progress": progress, "progress_from": None})
+        kept = {name: value for name, value in record.items() if name != _SAVED}
+        return cls(**{**kept, "order": order, "progress": progress, "progress_from": None})
 
 
 class TaskFile:
@@ -161,16 +163,32 @@ class TaskFile:
 
     def __init__(self, path: Path) -> None:
         self._base = sqlite3.connect(path, check_same_thread=False, timeout=10)
-        with self._base:
-            self._base.execute(_SCHEMA)
+        try:
+            with self._base:
+                self._base.execute(_SCHEMA)
+        except sqlite3.Error:
+            self._base.close()
+            raise
 
     def load(self) -> list[Task]:
-        """Read the tasks, oldest first; those that had not ended are interrupted from now on."""
+        """Read the tasks, oldest first; those that had not ended were interrupted when a server last wrote here.
+
+        Raises
+        ------
+        CaptureError
+            A record is not what this version writes.
+        """
         rows = self._base.execute("SELECT record FROM tasks ORDER BY created, rowid").fetchall()
-        tasks = [Task.of(json.loads(record)) for (record,) in rows]
+        try:
+            records = [json.loads(record) for (record,) in rows]
+            tasks = [Task.of(record) for record in records]
+            last = max((float(record.get(_SAVED) or record["created"]) for record in records), default=0.0)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CaptureError(f"a task in it can't be read: {reason}") from error
         for task in tasks:
             if not task.over:
-                task.end("interrupted", error=INTERRUPTED)
+                task.end("interrupted", error=INTERRUPTED, at=last)
                 self.save(task.id, task.created, task.record())
         return tasks
 

@@ -128,7 +128,7 @@ def test_the_users_lines_make_a_whole_store_however_the_server_ends(
     assert answer == {"task_id": answer["task_id"], **ACCEPTED, "store": str(store)}
     in_the_middle(first, answer["task_id"])
     assert first.type(served.HEALTH_LINE)["loaded"] is True
-    assert all(word in first.log for word in ("Fused", "ready"))
+    assert all(word in first.log for word in ("from_pretrained", "Fused", "ready"))
     children, port = first.children(), first.port
     assert children
     first.end(signal.SIGKILL)
@@ -147,6 +147,7 @@ def test_the_users_lines_make_a_whole_store_however_the_server_ends(
     second.wait(lambda: second.client.status(again["task_id"]).progress.rollouts > len(finished) // 9)
     assert second.client.status(answer["task_id"]).elapsed == before, "the clock of what has ended stands still"
     assert_ends_by_kill(second)
+    assert f"task {again['task_id']}: interrupted: " in second.log
     assert stored.captures(store) == []
     assert all(file.stat().st_mtime_ns == at for file, at in finished.items()), "a finished chunk is not written again"
 
