@@ -5,6 +5,7 @@ A cache is tried first; whatever is wrong with it is logged, and the next way is
 
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ __all__ = ["Order", "Tick", "build_cache", "load_weights", "wanted_cache"]
 LOG = logging.getLogger("capture")
 Tick = Callable[[int, int], object]
 """Told (bytes read, bytes of all)."""
+LOGGED_EVERY = 10.0
+"""Seconds between two lines of the log on how much is read."""
+_CACHED = "Loading from cache"
 _OFFLOADED = "safetensors_file"
 
 
@@ -103,9 +107,9 @@ def load_weights(order: Order, *, tick: Tick = lambda _, __: None) -> Any:
             f"{order.info.model_id} has packed experts, and a part of it would be on disk, which needs a cache to read "
             "them from; build it with python -m capture cache build, or give it more memory"
         )
-    LOG.info("reading the shards of %s", order.info.model_id)
+    LOG.info("from_pretrained %s: its INT4 shards, read in place", order.info.model_id)
     skeleton.place(model, devices)
-    _read(int4_sources(model, order.files()), tick)
+    _read(int4_sources(model, order.files()), tick, what="from_pretrained")
     LOG.info("Fused INT4 experts of %d layers", sum(1 for m in model.modules() if type(m).__name__ == "Int4Experts"))
     return skeleton.dispatch(model, devices)
 
@@ -123,13 +127,18 @@ def _skeleton(order: Order) -> tuple[Any, skeleton.DeviceMap]:
     return model, order.devices or {"": "cpu"}
 
 
-def _read(sources: list[tuple[Stored, torch.Tensor]], tick: Tick) -> None:
+def _read(sources: list[tuple[Stored, torch.Tensor]], tick: Tick, *, what: str) -> None:
+    """Read weights into place; the log of a server, which has no bar, hears of it every few seconds and at the end."""
     total, done = sum(stored.n_bytes for stored, _ in sources), 0
+    began = logged = time.monotonic()
 
     def told(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
+        nonlocal done, logged
+        done, now = done + n_bytes, time.monotonic()
         tick(done, total)
+        if done == total or now - logged >= LOGGED_EVERY:
+            logged, rate = now, done / max(now - began, 1e-9) / 1e9
+            LOG.info("%s: %.2f of %.2f GB, %.2f GB/s", what, done / 1e9, total / 1e9, rate)
 
     tick(0, total)
     fill(sources, tick=told)
@@ -146,7 +155,7 @@ def _cached(order: Order, tick: Tick) -> Any | None:
         ways.append((theirs, lambda: _from_gpu_cache(order, theirs, tick)))
     for path, way in ways:
         try:
-            LOG.info("Loading from cache %s", path)
+            LOG.info("%s: %s", _CACHED, path)
             return way()
         except (CacheError, ModelError) as error:
             LOG.warning("the cache is not used, loading goes on without it: %s", error)
@@ -161,7 +170,7 @@ def _from_cache(order: Order, directory: Path, *, wanted: cache.Wanted, tick: Ti
     stored = cache.sources(manifest, model, directory)
     skeleton.place(model, devices)
     tensors = skeleton.tensors_of(model)
-    _read([(one, tensors[name]) for name, one in stored.items() if not tensors[name].is_meta], tick)
+    _read([(one, tensors[name]) for name, one in stored.items() if not tensors[name].is_meta], tick, what=_CACHED)
     cache.verify_tensors(manifest, {name: tensors[name] for name in stored}, directory)
     on_disk = {
         name: _offloaded(one, name) for name, one in stored.items() if skeleton.device_of(name, devices) == "disk"
@@ -178,7 +187,7 @@ def _from_gpu_cache(order: Order, directory: Path, tick: Tick) -> Any:
     stored = gpucache.sources(directory, model, name=order.info.model_id)
     skeleton.place(model, devices)
     tensors = skeleton.tensors_of(model)
-    _read([(one, tensors[name]) for name, one in stored.items()], tick)
+    _read([(one, tensors[name]) for name, one in stored.items()], tick, what=_CACHED)
     LOG.warning("the cache %s records neither revision nor checksums, so those were not checked", directory)
     return skeleton.dispatch(model, devices)
 

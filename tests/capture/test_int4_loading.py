@@ -1,6 +1,7 @@
 """A published Kimi-K2 loaded with its experts packed, against the same model multiplied out in transformers' class."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from capture import loaders
 from capture.components import find_components
 from capture.errors import ModelError
 from capture.experts import Int4Experts
@@ -55,6 +57,23 @@ def test_the_router_is_kept_in_float32(saved: Path) -> None:
     assert kinds["e_score_correction_bias"] is torch.float32
     assert kinds["gate_packed"] is torch.int32
     assert kinds["gate_scale"] is torch.bfloat16
+
+
+@pytest.mark.parametrize(("every", "least"), [(0.0, 3), (1e9, 1)])
+def test_the_log_says_which_way_was_taken_how_much_is_read_and_how_fast(
+    every: float, least: int, saved: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "LOGGED_EVERY", every)
+    caplog.set_level(logging.INFO, "capture")
+    read = list[tuple[int, int]]()
+    load(describe(saved), device="cpu", cache=False, tick=lambda done, total: read.append((done, total)))
+    first, *moved, last = [record.getMessage() for record in caplog.records]
+    assert first == "from_pretrained tiny-kimi: its INT4 shards, read in place"
+    assert last == "Fused INT4 experts of 2 layers"
+    assert len(moved) == (len(read) - 1 if every == 0 else 1) >= least
+    done, total = read[-1]
+    assert done == total
+    assert moved[-1].startswith(f"from_pretrained: {done / 1e9:.2f} of {total / 1e9:.2f} GB, ")
 
 
 def test_only_layers_that_run_are_read(saved: Path) -> None:
