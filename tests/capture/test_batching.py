@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,13 +28,20 @@ def test_halves_are_the_batch_in_order(batch: list[int]) -> None:
 
 
 def test_the_budget_of_a_small_model_is_the_most_and_of_a_large_one_bounds_host_and_device() -> None:
-    assert auto_batch_tokens(STORIES, "cpu") == 16_384
-    on_cpu = auto_batch_tokens(KIMI, "cpu")
-    assert on_cpu * 7168 * 61 * 2 <= 1 << 30 < 2 * on_cpu * 7168 * 61 * 2
+    assert auto_batch_tokens(STORIES, "cpu") == 2_048
+    assert auto_batch_tokens(STORIES, "cuda", device_bytes=80 << 30) == 16_384
+    in_host_memory = auto_batch_tokens(KIMI, "cpu")
+    assert in_host_memory * 7168 * 61 * 2 <= 1 << 30 < 2 * in_host_memory * 7168 * 61 * 2
     on_gpu = auto_batch_tokens(KIMI, "cuda:3", device_bytes=80 << 30)
     assert on_gpu * 7168 * 61 * 2 <= 8 << 30
     assert auto_batch_tokens(KIMI, "cuda", device_bytes=4 << 30) < on_gpu
     assert auto_batch_tokens(KIMI, "cuda", device_bytes=1) == 512
+
+
+@pytest.mark.parametrize("device", ["map.json", torch.device("meta"), "mps"])
+def test_a_device_map_has_large_batches_and_what_is_no_gpu_of_cuda_is_not_asked_for_its_memory(device: object) -> None:
+    assert auto_batch_tokens(STORIES, device) == 16_384
+    assert auto_batch_tokens(KIMI, device) == auto_batch_tokens(KIMI, "cpu")
 
 
 def test_the_budget_of_a_multimodal_config_is_that_of_its_text() -> None:
