@@ -175,7 +175,8 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(command: Command, tmp_pat
     assert not store.exists()
     assert not store.with_name("run.zarr.plans").exists()
     said = command("--store", store, "--model", hollow, "--dry-run").out
-    assert said.startswith("would capture 8 rollouts, 3,383 tokens, layers 0-4, residual of hollow: 1 batches")
+    expected = "would capture 8 rollouts, 3,383 tokens, layers 0-4, residual of hollow: 2 batches of up to 2,048"
+    assert said.startswith(expected)
 
 
 def test_a_dry_run_tells_what_the_capture_will_be(command: Command, store: Path) -> None:
