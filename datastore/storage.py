@@ -436,9 +436,11 @@ def _create_below(array: Path, file: Path) -> int:
     try:
         return os.open(file, flags, 0o666)
     except FileNotFoundError:
-        for parent in reversed([p for p in file.parents if p.is_relative_to(array) and p != array]):
+        made = os.fspath(array)
+        for name in file.relative_to(array).parts[:-1]:
+            made = os.path.join(made, name)
             with suppress(FileExistsError):
-                parent.mkdir()
+                os.mkdir(made)
         return os.open(file, flags, 0o666)
 
 
