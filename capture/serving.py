@@ -261,9 +261,10 @@ def serve(sock: socket.socket, setup: Setup, *, roots: Roots, tasks: Path, token
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    lost = asyncio.run(
-        _serve(sock, setup, roots=roots, tasks=tasks, app_of=lambda s: create_app(s, token=token, host=host))
-    )
+    with sock:
+        lost = asyncio.run(
+            _serve(sock, setup, roots=roots, tasks=tasks, app_of=lambda s: create_app(s, token=token, host=host))
+        )
     if lost is not None:
         LOG.error("no model: %s", lost)
         raise CaptureError(f"the server ended, for its model could not be loaded: {lost}")

@@ -98,30 +98,29 @@ def serve(
     from capture.modelholder import Setup
     from capture.roots import Roots
 
+    sock = serving.listen(host, port)
     trees, stores = experiments_root.resolve(), (store_root or experiments_root).resolve()
-    setup = Setup(
-        model=model,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        layers=layers,
-        memory=memory,
-        batch_tokens=batch_tokens,
-        chunk_tokens=chunk_tokens,
-        trust_remote_code=trust_remote_code,
-        adapter=adapter,
-        quantize=quantize,
-        expert_workspace=console.parse_bytes(expert_workspace),
+    serving.serve(
+        sock,
+        Setup(
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            layers=layers,
+            memory=memory,
+            batch_tokens=batch_tokens,
+            chunk_tokens=chunk_tokens,
+            trust_remote_code=trust_remote_code,
+            adapter=adapter,
+            quantize=quantize,
+            expert_workspace=console.parse_bytes(expert_workspace),
+        ),
+        roots=Roots(experiments=trees, stores=stores, models=models_root.resolve() if models_root else None),
+        tasks=tasks or stores / f".capture-tasks-{sock.getsockname()[1]}.sqlite",
+        token=token,
+        host=host,
     )
-    with serving.listen(host, port) as sock:
-        serving.serve(
-            sock,
-            setup,
-            roots=Roots(experiments=trees, stores=stores, models=models_root.resolve() if models_root else None),
-            tasks=tasks or stores / f".capture-tasks-{sock.getsockname()[1]}.sqlite",
-            token=token,
-            host=host,
-        )
 
 
 def submit(

@@ -43,13 +43,14 @@ def can_listen(port: int) -> bool:
         return True
 
 
-def assert_ends_by_kill(server: Server) -> None:
-    """Nothing of it is left by a plain kill."""
+def assert_ends_by_kill(server: Server, task_id: str) -> None:
+    """Nothing of it is left by a plain kill, and the log says what was interrupted."""
     children, port = server.children(), server.port
     assert server.end(signal.SIGTERM) == 0
     assert gone(children)
     assert can_listen(port)
     assert "ERROR" not in server.log
+    assert f"task {task_id}: interrupted: " in server.log
 
 
 def assert_made_at_once(command: Command, tree: Path, store: Path, *, alone: Path) -> None:
@@ -146,8 +147,7 @@ def test_the_users_lines_make_a_whole_store_however_the_server_ends(
     before = second.client.status(answer["task_id"]).elapsed
     second.wait(lambda: second.client.status(again["task_id"]).progress.rollouts > len(finished) // 9)
     assert second.client.status(answer["task_id"]).elapsed == before, "the clock of what has ended stands still"
-    assert_ends_by_kill(second)
-    assert f"task {again['task_id']}: interrupted: " in second.log
+    assert_ends_by_kill(second, again["task_id"])
     assert stored.captures(store) == []
     assert all(file.stat().st_mtime_ns == at for file, at in finished.items()), "a finished chunk is not written again"
 
