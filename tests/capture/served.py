@@ -161,7 +161,7 @@ class Server:
 
     @property
     def client(self) -> Client:
-        return Client(self.url, token=self.token)
+        return Client(self.url, token=self.token, timeout=300)
 
     def wait(self, found: Callable[[], object], *, seconds: float = 300) -> None:
         """Wait until something comes true while the server lives."""
@@ -189,13 +189,13 @@ class Server:
     def end(self, signal: int) -> int:
         """Send a signal, and return the exit code."""
         self.process.send_signal(signal)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=300)
 
     def type(self, line: str) -> Any:
         """Type one of the users' lines, with this server's port: by curl where there is one."""
         line = line.replace("localhost:8765", f"localhost:{self.port}")
         if shutil.which("curl"):
-            out = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, timeout=60).stdout
+            out = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, timeout=300).stdout
             return json.loads(out)
         address = re.search(r"localhost:\S+", line)
         assert address
@@ -205,7 +205,7 @@ class Server:
             data=body[1].encode() if body else None,
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return json.loads(answer.read())
 
 

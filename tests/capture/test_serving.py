@@ -73,7 +73,7 @@ def send(server: Server, path: str, *, data: bytes | None = None, **headers: str
     marked = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}", **headers}
     request = urllib.request.Request(f"{server.url}{path}", data=data, headers=marked)
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         with error:
@@ -312,7 +312,7 @@ def keep_to_the_schema(url: str, *, paths: set[str], headers: dict[str, str], ar
         def keeps(case: Any) -> None:
             arrange(case)
             excluded = [positive_data_acceptance] if case.operation.path in NOT_ALWAYS_ACCEPTED else []
-            case.call_and_validate(headers=headers, excluded_checks=excluded, timeout=120)
+            case.call_and_validate(headers=headers, excluded_checks=excluded, timeout=600)
 
         keeps()
 
