@@ -15,7 +15,7 @@ from view.group_view import Groups
 from view.plots import Lines
 from view.state import FIRST
 from view.store_view import Stores
-from view.tables import clickable, html
+from view.tables import choice, clickable, html
 from view.trajectories import called, texts_of
 from view.treatment import Treatment, picked
 
@@ -39,7 +39,7 @@ class CompareView(View):
 
     def __init__(self, page: Host) -> None:
         super().__init__(page)
-        self._choice = pn.widgets.RadioButtonGroup.from_param(page.state.param.against, name="What is compared")
+        self._choice = choice(page.state.param.against, name="What is compared")
         self._parts: dict[str, View] = {"Pair": Pair(page), "Groups": Groups(page), "Stores": Stores(page)}
         self._stale = dict.fromkeys(self._parts, frozenset[str]())
         parts = [part.panel() for part in self._parts.values()]

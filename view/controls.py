@@ -6,7 +6,7 @@ import panel as pn
 
 from view.frame import Host
 from view.state import FIRST, VIEWS
-from view.tables import html
+from view.tables import choice, html
 from view.treatment import CLEANING, LINES, MODES
 
 __all__ = ["Controls"]
@@ -50,7 +50,7 @@ class Controls:
         self.store = w.Select.from_param(
             state.param.store, name="Store", description=None, options=page.models.names, width=200
         )
-        self.view = w.RadioButtonGroup.from_param(state.param.view, name="View", options=list(VIEWS), margin=(18, 10))
+        self.view = choice(state.param.view, name="View", options=list(VIEWS), margin=(18, 10))
         self.rollout = w.AutocompleteInput(name="Rollout", case_sensitive=False, min_characters=1, **fixed)
         self.before = w.Button(name="← before", width=WIDTH // 2 - 6, margin=(2, 5), css_classes=["before"])
         self.after = w.Button(name="next →", width=WIDTH // 2 - 6, margin=(2, 5), css_classes=["after"])

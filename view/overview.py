@@ -8,6 +8,7 @@ from view.frame import Host, View
 from view.heatmaps import Captured, Heatmaps
 from view.model_view import Calibration, Correlation
 from view.rollout_table import RolloutTable, Spans
+from view.tables import choice
 
 __all__ = ["Overview"]
 
@@ -27,8 +28,8 @@ class Overview(View):
         }
         self._parts: dict[str, View] = {}
         self._stale = {name: frozenset(page.state.param) for name in self._makers}
-        choice = pn.widgets.RadioButtonGroup.from_param(page.state.param.section, name="Section")
-        self._panel = pn.Column(choice, sizing_mode="stretch_width")
+        sections = choice(page.state.param.section, name="Section")
+        self._panel = pn.Column(sections, sizing_mode="stretch_width")
 
     def panel(self) -> pn.Column:
         """The choice, and the section that is shown."""

@@ -8,7 +8,7 @@ import pandas as pd
 import panel as pn
 from bokeh.models import NumberFormatter
 
-__all__ = ["clickable", "html", "plain"]
+__all__ = ["choice", "clickable", "html", "plain"]
 
 PAGE = 15
 STYLE = """
@@ -24,6 +24,15 @@ STYLE = """
 .tabulator .tabulator-row:hover { background-color: color-mix(in srgb, var(--page, #ffffff), #8a8a8a 25%) !important; }
 .tabulator .tabulator-tableholder:focus-visible, .tabulator .tabulator-row:focus-visible {
   outline: 2px solid #1f6feb !important; outline-offset: -2px; }"""
+
+
+CHOSEN = ".bk-btn.bk-active { box-shadow: inset 0 -3px 0 currentColor !important; }"
+"""Which of some buttons is pressed, on dark paper too."""
+
+
+def choice(parameter: Any, **more: Any) -> pn.widgets.RadioButtonGroup:
+    """Return a row of buttons of which one is pressed, bound to a parameter of the state."""
+    return pn.widgets.RadioButtonGroup.from_param(parameter, stylesheets=[CHOSEN], **more)
 
 
 def html(text: str = "", **more: Any) -> pn.pane.HTML:
