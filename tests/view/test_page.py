@@ -174,7 +174,7 @@ def test_the_text_is_all_there_with_its_blocks_and_spans(viewer: Viewer, store: 
     assert thinking.get_attribute("open") is None
 
 
-def test_pointing_pinning_stepping_and_searching(viewer: Viewer, store: datastore.Store) -> None:
+def test_pointing_pinning_and_stepping(viewer: Viewer, store: datastore.Store) -> None:
     viewer.open("?view=Transcript&rollout=g0-lie&smooth=1")
     page = viewer.page
     page.locator(".t[data-i='50']").hover()
@@ -199,7 +199,12 @@ def test_pointing_pinning_stepping_and_searching(viewer: Viewer, store: datastor
         page.keyboard.press(key)
         page.locator(f".t.pinned[data-i='{at}']").wait_for()
     assert until(lambda: "token=51" in page.evaluate("location.search"), bool, page=page)
-    text = store.text("g0-lie").lower()
+
+
+def test_searching_the_text(viewer: Viewer, store: datastore.Store) -> None:
+    viewer.open("?view=Transcript&rollout=g0-lie&token=51")
+    page, tokens, text = viewer.page, store.tokens("g0-lie"), store.text("g0-lie").lower()
+    page.locator(".t.pinned[data-i='51']").wait_for()
     page.get_by_label("Search the text").fill("DID ")
     page.locator(".count", has_text=f"{text.count('did ')} found").wait_for()
 
