@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
 from capture.errors import ModelError, RequestError
+from capture.modelinfo import local_path
 
 __all__ = ["apply_adapter", "describe_adapter"]
 
@@ -93,7 +94,7 @@ def _left_out(key: str, n_layers: int) -> bool:
 
 
 def _directory(adapter: str) -> Path:
-    path = Path(adapter).expanduser()
+    path = local_path(adapter)
     if not path.is_dir():
         if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", adapter):
             raise ModelError(f"{adapter} is no directory of an adapter and no Hub id; give one of them")

@@ -25,7 +25,7 @@ from capture import hub
 from capture.adapter import apply_adapter, describe_adapter
 from capture.errors import CaptureError, ModelError, RequestError
 from capture.loaders import Order, Tick, load_weights
-from capture.modelinfo import ModelInfo
+from capture.modelinfo import ModelInfo, local_path
 from capture.skeleton import DeviceMap
 from datastore.schema import DTYPES
 
@@ -272,7 +272,7 @@ def _facts(info: ModelInfo, *, dtype: str, device: str, attn_implementation: str
 
 def _directory(name_or_dir: str | Path) -> Path | None:
     """The directory that is meant, checked; None for a Hub id: `name` or `owner/name`, and no directory here."""
-    path, text = Path(name_or_dir).expanduser(), str(name_or_dir)
+    path, text = local_path(name_or_dir), str(name_or_dir)
     if not isinstance(name_or_dir, Path) and not path.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text):
         return None
     if not path.is_dir():

@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ModelInfo"]
+__all__ = ["ModelInfo", "local_path"]
+
+
+def local_path(name: str | Path) -> Path:
+    """Return the path that a name would be on this machine, `~` as one's home; of nobody's home, as it stands."""
+    try:
+        return Path(name).expanduser()
+    except (RuntimeError, ValueError):  # no such user, and no name that a user could have
+        return Path(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

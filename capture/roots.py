@@ -6,6 +6,7 @@ from pathlib import Path
 
 from capture.errors import RequestError
 from capture.messages import CaptureOrder
+from capture.modelinfo import local_path
 from experiments.reading import is_sidecar
 from experiments.tree import Experiment
 
@@ -97,13 +98,13 @@ class Roots:
         RequestError
             A directory elsewhere.
         """
-        if not Path(name).expanduser().exists() and not name.startswith(("/", ".", "~")):
+        if not local_path(name).exists() and not name.startswith(("/", ".", "~")):
             return name
         if self.models is None:
             raise RequestError(
                 f"model {name!r} is a directory, and this server loads none; start it with --models-root"
             )
-        return str(self._below(Path(name).expanduser().absolute(), self.models, f"model {name!r}"))
+        return str(self._below(local_path(name).absolute(), self.models, f"model {name!r}"))
 
     def _below(self, path: Path, root: Path, what: str) -> Path:
         found = path.resolve()
@@ -131,7 +132,7 @@ def same_model(one: str, other: str) -> bool:
     """Whether two names are of one model: the same name, or the same directory."""
     if one == other:
         return True
-    a, b = Path(one).expanduser(), Path(other).expanduser()
+    a, b = local_path(one), local_path(other)
     return a.is_dir() and b.is_dir() and a.resolve() == b.resolve()
 
 

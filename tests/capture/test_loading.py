@@ -204,7 +204,10 @@ def test_directories_that_do_not_describe_a_model(break_it: Callable[[Path], Any
         describe(model_dir)
 
 
-@pytest.mark.parametrize("name", ["/no/such/model", "./no-such-model", Path("no-such-model"), "a/b/c", "~/no-such"])
+@pytest.mark.parametrize(
+    "name",
+    ["/no/such/model", "./no-such-model", Path("no-such-model"), "a/b/c", "~/no-such", "~nobody-of-that-name", "~\x00"],
+)
 def test_a_directory_that_is_not_there(name: str | Path) -> None:
     with pytest.raises(ModelError, match=f"{name} is not a directory, so there is no model in it"):
         describe(name)
