@@ -1,6 +1,7 @@
 """What every view of the page has: the page around it, and a way to do something slow after the page is drawn."""
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -14,13 +15,17 @@ from view.model import Model, Models
 from view.plots import Look
 from view.state import State
 
-__all__ = ["ERRORS", "NUMBERS", "Host", "View", "later", "soon"]
+__all__ = ["ERRORS", "NUMBERS", "Host", "View", "later", "soon", "wait_for_browser"]
 
 R = TypeVar("R")
 NUMBERS = frozenset({"store", "mode", "smooth", "centred", "velocity", "clean"})
 """What changes the values that are drawn."""
 ERRORS = (DatastoreError, ExperimentError)
 """What is told in a sentence above the views."""
+_SHOWN: "weakref.WeakKeyDictionary[Any, threading.Event]" = weakref.WeakKeyDictionary()
+"""By document, whether its browser has drawn it."""
+PATIENCE_S = 180.0
+"""Seconds until a browser that has not drawn the page is waited for no longer; its session ends about then."""
 
 
 class Host(Protocol):
@@ -106,6 +111,18 @@ def soon(draw: Callable[[], None]) -> None:
         doc.add_next_tick_callback(draw)
 
 
+def wait_for_browser() -> None:
+    """Hold back what `later` finds for this document until its browser has drawn it.
+
+    A change that is sent while the document itself is on its way is dropped by Bokeh's client, which takes it for a
+    part of the document; made a moment after the document was written out, it would never be seen.
+    """
+    doc: Any = pn.state.curdoc
+    if doc is not None and doc.session_context is not None:
+        shown = _SHOWN[doc] = threading.Event()
+        doc.on_event("document_ready", lambda _: shown.set())
+
+
 def later(compute: Callable[[], R], done: Callable[[R], None], *, failed: Callable[[str], None]) -> None:
     """Compute in a thread, then draw, or say why not; at once where there is no server that would wait for it."""
     doc: Any = pn.state.curdoc
@@ -118,6 +135,8 @@ def later(compute: Callable[[], R], done: Callable[[R], None], *, failed: Callab
             then = partial(done, compute())
         except ERRORS as error:
             then = partial(failed, str(error))
+        if doc in _SHOWN:
+            _SHOWN[doc].wait(PATIENCE_S)
         if doc.session_context is not None and not doc.session_context.destroyed:
             doc.add_next_tick_callback(then)
 

@@ -12,7 +12,7 @@ from datastore.query import Store
 from view.browser import Browser
 from view.compare_view import CompareView
 from view.controls import Controls
-from view.frame import ERRORS, NUMBERS, View, later, soon
+from view.frame import ERRORS, NUMBERS, View, later, soon, wait_for_browser
 from view.model import Model, Models
 from view.overview import Overview
 from view.plots import Look
@@ -278,6 +278,7 @@ def document(models: Models) -> pn.viewable.Viewable:
     given = dict(pn.state.session_args or {})
     dark = given.pop("theme", [b""])[0] == b"dark"
     pn.config.raw_css = [*pn.config.raw_css, _css(dark=dark)]
+    wait_for_browser()
     page = Page(models, query=given, dark=dark)
     pn.state.add_periodic_callback(page.look_again, LOOK_AGAIN_MS)
     return page.panel()

@@ -1,14 +1,19 @@
 """What is computed in threads ends in any order: the page shows what was asked for last, and what its reader chose."""
 
+import threading
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import panel as pn
 import pytest
+from bokeh.document import Document
+from bokeh.events import DocumentReady
 from numpy.typing import NDArray
+from panel.io.state import set_curdoc
 
 import datastore
 from datastore.errors import AbsentError
@@ -201,3 +206,21 @@ def test_what_fails_in_a_thread_is_said(opened: list[datastore.Store], threads: 
     page._views["Overview"].later(fail, page.say)
     threads.end()
     assert "the store was taken away" in str(page.notice.object)
+
+
+def test_nothing_is_handed_over_before_the_browser_has_drawn_the_page() -> None:
+    """What is found while the document is on its way to the browser would be lost on the way."""
+    document, session = Document(), SimpleNamespace(destroyed=False)
+    document._session_context = lambda: session  # as a server sets it, but for the session
+    found = list[str]()
+    with set_curdoc(document):
+        frame.wait_for_browser()
+        frame.later(lambda: "found", found.append, failed=found.append)
+    (thread,) = [one for one in threading.enumerate() if one.name.endswith("(work)")]
+    thread.join(0.5)
+    assert (thread.is_alive(), document.session_callbacks) == (True, [])
+    document.callbacks.trigger_event(DocumentReady())
+    thread.join()
+    (then,) = document.session_callbacks
+    then.callback()
+    assert found == ["found"]

@@ -30,7 +30,7 @@ TRANSCRIPT = Path(__file__).parents[2] / "view" / "static" / "transcript.js"
 CURVES, OTHERS = "test_the_controls_of_the_curves_draw_what_they_say", "test_choosing_rollouts_and_stores"
 PAIR, GROUPS = "test_a_pair_is_offered_and_compared", "test_groups_with_bands_and_effect_sizes"
 SPANS, MODEL = "test_heatmaps_and_spans", "test_correlation_and_what_holds_of_the_model"
-TEXT, CHOICES = "test_pointing_pinning_stepping_and_searching", "test_views_sections_and_comparisons_are_chosen"
+TEXT, CHOICES = "test_searching_the_text", "test_views_sections_and_comparisons_are_chosen"
 USED = {
     "Store": OTHERS,
     "View": CHOICES,
