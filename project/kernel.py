@@ -83,8 +83,8 @@ def run_tasks(
             for task, steps in due:
                 out = kernel.buffers(task)
                 for step in steps:
-                    span, found = next(results)
-                    kernel.place(step, found, out, first=span.tokens.start)
+                    at, found = next(results)
+                    kernel.place(step, found, out, first=at.tokens.start)
                     decoded += step.source.nbytes
                 kernel.write(task, out)
                 if done is not None:
