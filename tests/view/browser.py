@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tests import house
 
-__all__ = ["Viewer", "browser", "click_plot", "running", "same", "shows", "until", "visiting"]
+__all__ = ["Viewer", "becomes", "browser", "click_plot", "running", "same", "settled", "shows", "until", "visiting"]
 
 T = TypeVar("T")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -141,12 +141,14 @@ class Viewer:
         """The cells of a row, without its number and the empty one that Panel puts last."""
         return row.locator(".tabulator-cell[tabulator-field]:not([tabulator-field=_index])")
 
-    def colour(self, token: int) -> str:
-        """The background of a token of the text."""
-        found: str = self.page.locator(f".t[data-i='{token}']").evaluate(
-            "(one) => getComputedStyle(one).backgroundColor"
-        )
-        return found
+    def colour(self, one: Any) -> str:
+        """The background of the first element that is found; "" while there is none, or it is being replaced."""
+        found: list[str] = one.evaluate_all("(all) => all.map((one) => getComputedStyle(one).backgroundColor)")
+        return found[0] if found else ""
+
+    def token(self, at: int) -> Any:
+        """A token of the text."""
+        return self.page.locator(f".t[data-i='{at}']")
 
     def violations(self) -> list[str]:
         """What axe-core finds serious or critical."""
@@ -165,6 +167,23 @@ def until(read: Callable[[], T], right: Callable[[T], bool], *, page: Any = None
         if right(found) or time.monotonic() > end:
             return found
         page.wait_for_timeout(40) if page is not None else time.sleep(0.04)
+
+
+def becomes(viewer: Viewer, read: Callable[[], object], wanted: object) -> None:
+    """Wait until what is read from the page is this."""
+    found = until(read, lambda found: bool(found == wanted), page=viewer.page)
+    assert found == wanted, f"{found!r}, not {wanted!r}"
+
+
+def settled(viewer: Viewer, read: Callable[[], T]) -> T:
+    """Wait until what is read is the same four times in a row: tables that are filled above a plot push it down."""
+    seen: list[T] = [read()]
+
+    def still(found: T) -> bool:
+        seen.append(found)
+        return len(seen) > 4 and seen[-4:] == [found] * 4
+
+    return until(read, still, page=viewer.page)
 
 
 def same(viewer: Viewer, name: str, wanted: Mapping[str, Any], *, atol: float = 2e-6) -> None:
@@ -197,15 +216,8 @@ def shows(viewer: Viewer, name: str, wanted: Mapping[str, Any], *, rtol: float =
 
 
 def click_plot(viewer: Viewer, name: str, x: float, y: float) -> None:
-    """Click a place of a figure, once it stands still: tables that are filled above it push it down."""
-    places = [viewer.evaluate(PIXEL, [name, x, y])]
-
-    def still(found: Any) -> bool:
-        places.append(found)
-        return len(places) > 4 and places[-4:] == [found] * 4
-
-    until(lambda: viewer.evaluate(PIXEL, [name, x, y]), still, page=viewer.page)
-    viewer.page.mouse.click(*places[-1])
+    """Click a place of a figure, once it stands still."""
+    viewer.page.mouse.click(*settled(viewer, lambda: viewer.evaluate(PIXEL, [name, x, y])))
 
 
 @contextlib.contextmanager

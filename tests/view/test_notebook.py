@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 import datastore
 from tests import house
 from tests.view import oracle, stores
-from tests.view.browser import Viewer, browser, same, until
+from tests.view.browser import Viewer, becomes, browser, same
 
 CELLS = (
     "import view\nshown = view.app({path!r})\nshown",
@@ -76,9 +76,7 @@ def test_what_the_cells_put_out_is_drawn(outputs: list[list[Any]], store: datast
         viewer = Viewer(chromium.new_page(viewport={"width": 1280, "height": 1500}), file.as_uri())
         viewer.page.goto(file.as_uri())
         viewer.page.locator(".t").first.wait_for()
-        words = store.tokens("g1-lie")["text"].tolist()
-        found = until(lambda: viewer.page.locator(".t").all_text_contents(), lambda t: t == words, page=viewer.page)
-        assert found == words
+        becomes(viewer, viewer.page.locator(".t").all_text_contents, store.tokens("g1-lie")["text"].tolist())
         labels = [f"{trait}@4" for trait in sorted(stores.TRAITS)]
         same(viewer, "scores", {label: oracle.drawn(store, "g1-lie", label, smooth=1) for label in labels})
         assert np.isfinite(viewer.lines("scores")["bs/lying@4"]).all()

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from datastore.labels import add_labels
 from datastore.maintenance import drop
 from tests import house
 from tests.view import oracle, stores
-from tests.view.browser import IMAGE, Viewer, browser, running, same, until, visiting
+from tests.view.browser import IMAGE, Viewer, becomes, browser, running, same, settled, shows, until, visiting
 
 RELOAD = "The store has changed: reload"
 ORDER = sorted(stores.TRAITS)
+ABSENT = np.full(72, np.nan)
+"""The curve of a rollout that has no score."""
 NAMES = ("plain.zarr", "partly.zarr", "empty.zarr", "long.zarr", "gaps.zarr", "changing.zarr", "leaving.zarr")
 
 
@@ -67,28 +70,27 @@ def test_a_store_without_scores_says_how_to_make_them(viewer: Viewer, kept: Path
     viewer.open("?store=plain.zarr")
     viewer.page.get_by_text("python -m project plain.zarr --vectors DIR").wait_for()
     viewer.button("Trajectories").click()
-    norms = until(lambda: viewer.lines("norms"), bool, page=viewer.page)
     _, wanted = oracle.score(datastore.open(kept / "plain.zarr"), "g0-honest", "bs/lying@4")
-    np.testing.assert_allclose(norms["residual@4"], wanted, rtol=1e-5)
+    shows(viewer, "norms", {"residual@4": wanted}, rtol=1e-5)
     assert viewer.lines("scores") == {}
     for view in ("Transcript", "Compare", "Overview"):
         viewer.button(view).click()
     for section in ("Heatmaps", "Spans", "Correlation", "Calibration", "Captured"):
         viewer.button(section).click()
-    assert viewer.page.locator(".t").count() == 72
+    becomes(viewer, viewer.page.locator(".t").count, 72)
 
 
 def test_a_store_scored_in_part_shows_what_is_there(viewer: Viewer, kept: Path) -> None:
     viewer.open("?store=partly.zarr&view=Trajectories&lines=layer&trait=mood/calm&smooth=1&rollout=g0-lie")
-    found = until(lambda: viewer.lines("scores"), lambda lines: len(lines) == 2, page=viewer.page)
     store = datastore.open(kept / "partly.zarr")
     rows = np.asarray(store.select("residual", rollouts="g0-lie", layers=12).values, np.float64)
     unit = np.asarray(stores.directions(("mood/calm",), layers=(12,))[0].values, np.float64)
     wanted = rows @ (unit / np.linalg.norm(unit)) / np.linalg.norm(rows, axis=1)
-    np.testing.assert_allclose(np.array(found["mood/calm@12"], float), wanted, rtol=1e-4)
+    shows(viewer, "scores", {"mood/calm@12": wanted}, rtol=1e-4)
+    assert len(viewer.lines("scores")) == 2
     viewer.open("?store=partly.zarr&view=Trajectories&lines=layer&trait=mood/calm&smooth=1&rollout=g0-honest")
-    found = until(lambda: viewer.lines("scores"), lambda lines: len(lines) == 2, page=viewer.page)
-    assert np.isnan(found["mood/calm@12"]).all()
+    shows(viewer, "scores", {"mood/calm@12": ABSENT})
+    assert len(viewer.lines("scores")) == 2
     for view in ("Compare", "Overview"):
         viewer.button(view).click()
 
@@ -96,22 +98,19 @@ def test_a_store_scored_in_part_shows_what_is_there(viewer: Viewer, kept: Path) 
 def test_a_store_captured_in_part_shows_what_is_there(viewer: Viewer, kept: Path) -> None:
     viewer.open("?store=gaps.zarr&section=Captured")
     names = [str(name) for name in datastore.open(kept / "gaps.zarr").rollouts.index]
-    found = until(lambda: viewer.evaluate(IMAGE, "captured-residual"), lambda f: len(f) == 12, page=viewer.page)
-    wanted = [[1.0 if layer == 4 or "honest" in name else 0.0 for name in names] for layer in stores.LAYERS]
-    assert np.array(found).reshape(3, 4).tolist() == wanted
+    wanted = [1.0 if layer == 4 or "honest" in name else 0.0 for layer in stores.LAYERS for name in names]
+    becomes(viewer, lambda: viewer.evaluate(IMAGE, "captured-residual"), wanted)
     viewer.page.get_by_text("residual: 67% of rollouts x layers").wait_for()
     viewer.open("?store=gaps.zarr&view=Trajectories&rollout=g0-lie&lines=layer&trait=bs/lying&smooth=1")
     store = datastore.open(kept / "gaps.zarr")
-    curves = until(lambda: viewer.lines("scores"), lambda lines: len(lines) == 2, page=viewer.page)
-    np.testing.assert_allclose(curves["bs/lying@4"], oracle.drawn(store, "g0-lie", "bs/lying@4", smooth=1), rtol=1e-4)
-    assert np.isnan(curves["bs/lying@8"]).all()
-    assert set(viewer.lines("norms")) == {"residual@4"}
+    curve = oracle.drawn(store, "g0-lie", "bs/lying@4", smooth=1)
+    same(viewer, "scores", {"bs/lying@4": curve, "bs/lying@8": ABSENT})
+    becomes(viewer, lambda: set(viewer.lines("norms")), {"residual@4"})
     viewer.open("?store=gaps.zarr&view=Compare&rollout=g0-honest&rollout=g0-lie&smooth=1&layer=4&traits=bs/lying")
     a, b = (oracle.drawn(store, f"g0-{kind}", "bs/lying@4", smooth=1) for kind in ("honest", "lie"))
     same(viewer, "difference", {"bs/lying@4": b - a})
     viewer.field("Layer").select_option("8")
-    lost = until(lambda: viewer.lines("difference"), lambda lines: "bs/lying@8" in lines, page=viewer.page)
-    assert np.isnan(lost["bs/lying@8"]).all()
+    shows(viewer, "difference", {"bs/lying@8": ABSENT})
     for choice in ("Groups", "Stores", "Overview", "Rollouts", "Heatmaps", "Spans", "Correlation", "Calibration"):
         viewer.button(choice).click()
 
@@ -148,6 +147,7 @@ def test_cleaning_without_a_calibration_says_what_to_run(viewer: Viewer) -> None
 
 def test_a_store_that_changed_offers_to_be_reloaded(viewer: Viewer, kept: Path) -> None:
     viewer.open("?store=partly.zarr")
+    viewer.page.get_by_role("columnheader", name="stakes").wait_for()
     assert viewer.page.get_by_role("columnheader", name="verdict").count() == 0
     add_labels(kept / "partly.zarr", {"g0-lie": {"verdict": "caught"}})
     viewer.page.get_by_role("button", name=RELOAD).click()
@@ -164,18 +164,18 @@ def test_an_address_outlives_a_change_of_the_store(viewer: Viewer, kept: Path) -
     store = datastore.open(kept / "changing.zarr")
     curves = {f"{trait}@4": oracle.drawn(store, "g1-lie", f"{trait}@4", mode="raw", smooth=1) for trait in ORDER}
     same(viewer, "scores", curves)
-    assert until(lambda: viewer.page.evaluate("location.search"), lambda q: q == address, page=viewer.page) == address
+    becomes(viewer, lambda: viewer.page.evaluate("location.search"), address)
     viewer.open(address)  # what was kept before the change shows the same after it
     same(viewer, "scores", curves)
-    assert viewer.page.locator(".t.pinned").get_attribute("data-i") == "45"
+    becomes(viewer, lambda: viewer.page.locator(".t.pinned").get_attribute("data-i"), "45")
     drop(kept / "changing.zarr", rollouts=["g1-lie"])
     viewer.page.get_by_role("button", name=RELOAD).click()
     viewer.page.get_by_text("the store has no rollout 'g1-lie'").wait_for()
     viewer.open(address)
     viewer.page.get_by_text("the store has no rollout 'g1-lie'; something else is shown").wait_for()
-    assert viewer.field("Rollout").input_value() == "g0-honest"
-    assert viewer.field("Trait").input_value() == "mood/calm"  # what is still there is restored
-    assert viewer.field("Scores as").input_value() == "raw"
+    becomes(viewer, viewer.field("Rollout").input_value, "g0-honest")
+    becomes(viewer, viewer.field("Trait").input_value, "mood/calm")  # what is still there is restored
+    becomes(viewer, viewer.field("Scores as").input_value, "raw")
 
 
 def test_a_store_that_is_taken_away_is_said_to_be_gone(viewer: Viewer, kept: Path) -> None:
@@ -184,18 +184,19 @@ def test_a_store_that_is_taken_away_is_said_to_be_gone(viewer: Viewer, kept: Pat
     viewer.page.get_by_text("leaving.zarr does not exist").wait_for()
     viewer.field("Store").select_option("plain.zarr")
     viewer.page.get_by_text("leaving.zarr does not exist").wait_for(state="hidden")
-    assert viewer.page.locator(".t").count() == 72
+    becomes(viewer, viewer.page.locator(".t").count, 72)
 
 
 def test_a_long_rollout_is_drawn_and_zoomed_into(viewer: Viewer, kept: Path) -> None:
     viewer.open("?store=long.zarr&rollout=long&view=Trajectories&smooth=1&mode=raw")
-    found = until(lambda: viewer.lines("scores"), lambda lines: len(lines) == 11, page=viewer.page)
+    full = lambda lines: len(lines) == 11 and all(map(len, lines.values()))  # noqa: E731
+    found = until(lambda: viewer.lines("scores"), full, page=viewer.page)
     store = datastore.open(kept / "long.zarr")
     scores = store.scores(rollouts="long", traits=["set/trait 0"]).score.values[:, 0]
     shown = np.array(found["set/trait 0@4"], float)
     assert len(shown) <= 3000
     assert {shown.min(), shown.max()} == {scores.min(), scores.max()}  # thinned, and yet its peaks are all there
-    assert viewer.page.locator(".t").count() == 14_000
+    becomes(viewer, viewer.page.locator(".t").count, 14_000)
     zoom = """() => { const one = Bokeh.documents[0].get_model_by_name("scores");
       const view = Bokeh.index.find_one(one); view.set_range?.call; one.x_range.start = 7000; one.x_range.end = 8000;
       view.trigger_ranges_update_event(); }"""
@@ -205,7 +206,7 @@ def test_a_long_rollout_is_drawn_and_zoomed_into(viewer: Viewer, kept: Path) -> 
     )
     np.testing.assert_allclose(part, scores[6999:8002], rtol=1e-6)
     viewer.button("Transcript").click()
-    viewer.page.locator(".t[data-i='13990']").click()
+    viewer.token(13990).click()
     assert until(lambda: viewer.page.evaluate("location.search"), lambda q: "token=13990" in q, page=viewer.page)
 
 
@@ -218,18 +219,16 @@ def test_one_file_needs_no_server(served: tuple[Any, str], kept: Path, tmp_path:
     viewer = Viewer(page, out.as_uri())
     page.goto(out.as_uri())
     page.locator(".t").first.wait_for()
-    assert page.locator(".t").count() == 2 * 72
+    becomes(viewer, page.locator(".t").count, 2 * 72)
     store = datastore.open(kept / "partly.zarr")
-    curves = until(lambda: viewer.lines("scores-of-g0-lie"), bool, page=page)
-    np.testing.assert_allclose(
-        np.array(curves["bs/lying@4"], float), oracle.drawn(store, "g0-lie", "bs/lying@4"), rtol=2e-4
-    )
-    before = [viewer.page.locator(".t[data-i='60']").nth(1).evaluate("(one) => getComputedStyle(one).backgroundColor")]
+    shows(viewer, "scores-of-g0-lie", {"bs/lying@4": oracle.drawn(store, "g0-lie", "bs/lying@4")})
+    colour = partial(viewer.colour, viewer.token(60).nth(1))
+    before = settled(viewer, colour)
     page.get_by_label("Shaded by").nth(1).select_option("bs/lying@4")
     page.locator(".legend .name", has_text="bs/lying@4").first.wait_for()
-    page.locator(".t[data-i='45']").nth(1).click()
-    assert page.locator(".t.pinned").get_attribute("data-i") == "45"
-    assert before != [page.locator(".t[data-i='60']").nth(1).evaluate("(o) => getComputedStyle(o).backgroundColor")]
+    viewer.token(45).nth(1).click()
+    becomes(viewer, lambda: page.locator(".t.pinned").get_attribute("data-i"), "45")
+    assert until(colour, lambda found: found not in ("", before), page=page) not in ("", before)
     assert viewer.foreign == []
     page.close()
 

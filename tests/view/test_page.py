@@ -16,7 +16,21 @@ import pytest
 
 import datastore
 from tests.view import oracle, stores
-from tests.view.browser import BANDS, IMAGE, RANGE, Viewer, browser, click_plot, running, same, until, visiting
+from tests.view.browser import (
+    BANDS,
+    IMAGE,
+    RANGE,
+    Viewer,
+    becomes,
+    browser,
+    click_plot,
+    running,
+    same,
+    settled,
+    shows,
+    until,
+    visiting,
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,20 +118,19 @@ def test_cleaning_takes_dimensions_out_at_every_layer(viewer: Viewer, store: dat
 
 def test_bands_marks_and_the_range_of_the_curves(viewer: Viewer, store: datastore.Store) -> None:
     viewer.open("?view=Trajectories&rollout=g0-lie&mode=raw&smooth=1")
-    bands = {tuple(one) for one in viewer.evaluate(BANDS, "scores")}
+    bands = {tuple(one) for one in settled(viewer, lambda: viewer.evaluate(BANDS, "scores"))}
     assert {(-0.5, 19.5, "prompt"), (7.5, 19.5, "user"), (29.5, 35.5, "tool"), (19.5, 25.5, "thinking")} <= bands
     assert (41.5, 47.5, "false_claim") in bands
     values = np.array([oracle.drawn(store, "g0-lie", f"{t}@4", mode="raw", smooth=1) for t in stores.TRAITS])
-    low, high = viewer.evaluate(RANGE, "scores")
+    low, high = settled(viewer, lambda: viewer.evaluate(RANGE, "scores"))
     assert low <= values[:, 4:].min()
     assert values[:, 4:].max() <= high < values[:, 0].max()  # the first token is eight times as large
     norms = {f"residual@{n}": oracle.score(store, "g0-lie", "bs/lying@4")[1] for n in (4,)}
-    found = viewer.lines("norms")
-    np.testing.assert_allclose(found["residual@4"], norms["residual@4"], rtol=1e-5)
-    assert set(found) == {"residual@4", "residual@8", "residual@12"}
+    shows(viewer, "norms", norms, rtol=1e-5)
+    assert set(viewer.lines("norms")) == {"residual@4", "residual@8", "residual@12"}
     click_plot(viewer, "scores", 44, (low + high) / 2)
-    assert until(lambda: viewer.marks("scores").get("cursor"), lambda at: at == 44, page=viewer.page) == 44
-    assert until(lambda: viewer.marks("norms").get("cursor"), lambda at: at == 44, page=viewer.page) == 44
+    becomes(viewer, lambda: viewer.marks("scores").get("cursor"), 44)
+    becomes(viewer, lambda: viewer.marks("norms").get("cursor"), 44)
     viewer.page.locator(".t.pinned[data-i='44']").wait_for()
 
 
@@ -129,14 +142,16 @@ def test_tokens_are_shaded_by_the_trait(viewer: Viewer, store: datastore.Store) 
         values = oracle.drawn(store, "g2-lie", f"{trait}@{layer}", smooth=1)
         for token in (10, 39, 45, 60, 71):
             wanted = oracle.shade_of(float(values[token]), values)
-            found = until(partial(viewer.colour, token), partial(near, wanted=wanted), page=viewer.page)
+            found = until(partial(viewer.colour, viewer.token(token)), partial(near, wanted=wanted), page=viewer.page)
             assert near(found, wanted), (trait, token, found, wanted)
-    assert viewer.page.locator(".legend .name").inner_text() == "bs/evasion@8"
-    assert "cosine" in viewer.page.locator(".legend .unit").inner_text()
+    becomes(viewer, viewer.page.locator(".legend .name").inner_text, "bs/evasion@8")
+    assert until(viewer.page.locator(".legend .unit").inner_text, lambda unit: "cosine" in unit, page=viewer.page)
 
 
 def near(found: str, wanted: str) -> bool:
     """Whether two colours are the same but for a rounding of the opacity; what can't be seen has any colour."""
+    if not found:
+        return False
     (*a, first), (*b, second) = ([float(number) for number in re.findall(r"[\d.]+", one)] for one in (found, wanted))
     return abs(first - second) < 0.006 and (a == b or second < 0.006)
 
@@ -157,8 +172,7 @@ def test_the_pinned_token_is_in_sight(viewer: Viewer, query: str) -> None:
 
 def test_the_text_is_all_there_with_its_blocks_and_spans(viewer: Viewer, store: datastore.Store) -> None:
     viewer.open("?view=Transcript&rollout=g0-lie")
-    words = viewer.page.locator(".t").all_text_contents()
-    assert words == store.tokens("g0-lie")["text"].tolist()
+    becomes(viewer, viewer.page.locator(".t").all_text_contents, store.tokens("g0-lie")["text"].tolist())
     titles = viewer.page.locator(".title").all_text_contents()
     assert titles[0] == "system · turn 0"
     assert "assistant · turn 2 · thinking, 6 tokens" in titles
@@ -167,11 +181,11 @@ def test_the_text_is_all_there_with_its_blocks_and_spans(viewer: Viewer, store: 
     assert viewer.page.locator(".tag").all_text_contents() == ["audit_response", "false_claim"]
     thinking = viewer.page.locator("details.thinking")
     viewer.field("Fold thinking").check()
-    assert until(lambda: thinking.get_attribute("open"), lambda found: found is None, page=viewer.page) is None
+    becomes(viewer, lambda: thinking.get_attribute("open"), None)
     viewer.field("Fold thinking").uncheck()
     assert until(lambda: thinking.get_attribute("open"), lambda found: found is not None, page=viewer.page) is not None
     thinking.locator("summary").click()
-    assert thinking.get_attribute("open") is None
+    becomes(viewer, lambda: thinking.get_attribute("open"), None)
 
 
 def test_pointing_pinning_and_stepping(viewer: Viewer, store: datastore.Store) -> None:
@@ -183,7 +197,7 @@ def test_pointing_pinning_and_stepping(viewer: Viewer, store: datastore.Store) -
     page.locator(".card[data-at='50']").wait_for()
     facts = card.locator("dd").all_text_contents()
     assert facts[1:4] == [str(tokens["token_id"][50]), "50", "assistant, turn 4, response"]
-    rows = [row.split("\t") for row in card.locator("tbody tr").all_inner_texts()]
+    rows = until(lambda: cells_of(card), lambda rows: len(rows) == 6 and all(map(len, rows)), page=page)
     found = {row[0]: float(row[1]) for row in rows}
     wanted = {label: oracle.drawn(store, "g0-lie", label, smooth=1)[50] for label in found}
     assert len(found) == 6
@@ -225,40 +239,39 @@ def test_searching_the_text(viewer: Viewer, store: datastore.Store) -> None:
 
 def shares(card: Any) -> dict[str, str]:
     """The percentiles that the card shows."""
-    rows = [row.split("\t") for row in card.locator("tbody tr").all_inner_texts()]
-    return {row[0]: row[2] for row in rows if len(row) > 2}
+    return {row[0]: row[2] for row in cells_of(card) if len(row) > 2}
+
+
+def cells_of(card: Any) -> list[list[str]]:
+    """What the card says of the scores of a token."""
+    return [row.split("\t") for row in card.locator("tbody tr").all_inner_texts()]
 
 
 def test_choosing_rollouts_and_stores(viewer: Viewer, kept: Path) -> None:
     viewer.open("?view=Transcript")
     rollout = viewer.field("Rollout")
-    assert rollout.input_value() == "g0-honest"
+    becomes(viewer, rollout.input_value, "g0-honest")
     viewer.button("next →").click()
-    assert until(rollout.input_value, lambda value: value == "g0-lie", page=viewer.page) == "g0-lie"
+    becomes(viewer, rollout.input_value, "g0-lie")
     viewer.button("← before").click()
-    assert until(rollout.input_value, lambda value: value == "g0-honest", page=viewer.page) == "g0-honest"
+    becomes(viewer, rollout.input_value, "g0-honest")
     rollout.fill("")
     rollout.press_sequentially("g3-l")
     viewer.page.get_by_text("g3-lie", exact=True).click()
     wanted = datastore.open(kept / "games.zarr").tokens("g3-lie")["text"].tolist()
-    assert (
-        until(lambda: viewer.page.locator(".t").all_text_contents(), lambda t: t == wanted, page=viewer.page) == wanted
-    )
+    becomes(viewer, viewer.page.locator(".t").all_text_contents, wanted)
     viewer.field("Store").select_option("ids.zarr")
     shown = datastore.open(kept / "ids.zarr").tokens("g0-honest")["token_id"].tolist()
-    found = until(lambda: viewer.page.locator(".t").all_text_contents(), lambda t: t and "⟨" in t[0], page=viewer.page)
-    assert found == [f"⟨{number}⟩" for number in shown]
+    becomes(viewer, viewer.page.locator(".t").all_text_contents, [f"⟨{number}⟩" for number in shown])
 
 
 def test_a_pair_is_offered_and_compared(viewer: Viewer, store: datastore.Store) -> None:
     viewer.open("?view=Compare&rollout=g1-honest&trait=bs/lying&smooth=1")
-    assert (
-        until(lambda: viewer.field("Compare with (ids, by commas)").input_value(), bool, page=viewer.page) == "g1-lie"
-    )
+    others = viewer.field("Compare with (ids, by commas)")
+    becomes(viewer, others.input_value, "g1-lie")
     row = viewer.rows("g2-honest", column="fork")
     wanted = ["g2-honest", "g2-lie", "40", "56%", "honest", "fabrication"]
-    shown = until(lambda: viewer.cells(row).all_inner_texts()[:6], lambda cells: cells == wanted, page=viewer.page)
-    assert shown == wanted
+    becomes(viewer, lambda: viewer.cells(row).all_inner_texts()[:6], wanted)
     viewer.cells(row).first.click()
     curves = [oracle.drawn(store, name, "bs/lying@4", smooth=1) for name in ("g2-honest", "g2-lie")]
     same(viewer, "rollouts", {"g2-honest (honest)": curves[0], "g2-lie (fabrication)": curves[1]})
@@ -268,33 +281,32 @@ def test_a_pair_is_offered_and_compared(viewer: Viewer, store: datastore.Store) 
         for label in labels
     }
     same(viewer, "difference", changes)
-    assert viewer.marks("rollouts")["fork"] == stores.FORK - 0.5
-    assert viewer.marks("difference")["fork"] == stores.FORK - 0.5
-    heading = viewer.page.locator("h2", has_text="They part at token 40").inner_text()
-    assert re.search(r"bs/lying@\d moves first, 2 tokens later, beyond 3 SD$", heading)
+    becomes(
+        viewer, lambda: [viewer.marks(one).get("fork") for one in ("rollouts", "difference")], [stores.FORK - 0.5] * 2
+    )
+    said = re.compile(r"They part at token 40; bs/lying@\d moves first, 2 tokens later, beyond 3 SD$")
+    viewer.page.locator("h2", has_text=said).wait_for()
     moved = viewer.cells(viewer.rows("bs/evasion@4"))
-    assert int(moved.nth(1).inner_text()) in (8, 9, 10)  # planted 9 tokens after
+    planted = ("8", "9", "10")  # 9 tokens after
+    assert until(moved.nth(1).inner_text, planted.__contains__, page=viewer.page) in planted
     texts = [store.tokens(name)["text"].tolist() for name in ("g2-honest", "g2-lie")]
     ends = ["".join(text[stores.FORK :]).split() for text in texts]
-    sides = lambda: [side.split() for side in viewer.page.locator(".sides mark").all_inner_texts()]  # noqa: E731
-    assert until(sides, lambda found: found == ends, page=viewer.page) == ends
-    others = viewer.field("Compare with (ids, by commas)")
+    becomes(viewer, lambda: [side.split() for side in viewer.page.locator(".sides mark").all_inner_texts()], ends)
     others.fill("")
     others.press_sequentially("g0-lie, g1-lie")
     others.press("Enter")
     names = ("g2-honest (honest)", "g0-lie (fabrication)", "g1-lie (fabrication)")
-    found = until(lambda: tuple(viewer.lines("rollouts")), lambda found: found == names, page=viewer.page)
-    assert found == names
+    becomes(viewer, lambda: tuple(viewer.lines("rollouts")), names)
 
 
 def test_a_click_on_a_trait_shows_it_where_it_moved(viewer: Viewer, store: datastore.Store) -> None:
     viewer.open("?view=Compare&rollout=g2-honest&rollout=g2-lie&trait=bs/lying&smooth=1")
     moved = viewer.cells(viewer.rows("bs/evasion@4"))
-    at = int(moved.nth(2).inner_text())
+    at = int(until(moved.nth(2).inner_text, str.isdigit, page=viewer.page))
     assert at - stores.FORK in (8, 9, 10)
     moved.first.click()
-    address = until(lambda: viewer.page.evaluate("location.search"), lambda q: f"token={at}" in q, page=viewer.page)
-    assert "trait=bs%2Fevasion" in address or viewer.field("Trait").input_value() == "bs/evasion"
+    assert until(lambda: viewer.page.evaluate("location.search"), lambda q: f"token={at}" in q, page=viewer.page)
+    becomes(viewer, viewer.field("Trait").input_value, "bs/evasion")
     curves = [oracle.drawn(store, name, "bs/evasion@4", smooth=1) for name in ("g2-honest", "g2-lie")]
     same(viewer, "rollouts", {"g2-honest (honest)": curves[0], "g2-lie (fabrication)": curves[1]})
     seen = np.concatenate([curve[stores.FORK - 32 :] for curve in curves])  # what is shown, and so what has the height
@@ -312,11 +324,9 @@ def test_groups_with_bands_and_effect_sizes(viewer: Viewer, store: datastore.Sto
         inside = np.arange(stores.FORK + start, stores.FORK + start + 4)
         return float(np.mean([oracle.drawn(store, name, "bs/lying@4", smooth=1)[inside] for name in names]))
 
-    found = until(lambda: viewer.lines("groups"), lambda lines: set(lines) == {"honest", "fabrication"}, page=page)
-    offsets = np.arange(-24, 64, 4)
-    for start in (-8, 0, 8, 20):
-        at = int(np.flatnonzero(offsets == start)[0])
-        assert found["fabrication"][at] == pytest.approx(binned(lies, start), rel=1e-3)
+    curve = np.array([binned(lies, start) for start in range(-24, 29, 4)])
+    shows(viewer, "groups", {"fabrication": curve}, rtol=1e-3)
+    becomes(viewer, lambda: set(viewer.lines("groups")), {"honest", "fabrication"})
     row = viewer.cells(viewer.rows("bs/lying@4", column="effect_size"))
     cells = until(row.all_inner_texts, lambda texts: len(texts) == 10 and bool(texts[9]), page=page)
     means = {
@@ -340,8 +350,7 @@ def test_groups_with_bands_and_effect_sizes(viewer: Viewer, store: datastore.Sto
     flipped = until(lambda: row.nth(8).inner_text(), lambda text: text.startswith("-"), page=page)
     assert float(flipped.replace(",", "")) == pytest.approx(-effect, rel=1e-2)
     viewer.field("Group by").select_option("stakes")
-    sets = until(lambda: set(viewer.lines("groups")), lambda f: f == {"0", "1", "2"}, page=page)
-    assert sets == {"0", "1", "2"}
+    becomes(viewer, lambda: set(viewer.lines("groups")), {"0", "1", "2"})
 
 
 def long(lines: dict[str, Any], *, count: int) -> bool:
@@ -352,11 +361,9 @@ def long(lines: dict[str, Any], *, count: int) -> bool:
 def test_two_stores(viewer: Viewer) -> None:
     viewer.open("?view=Compare&against=Stores&rollout=g1-lie&mode=raw&smooth=1")
     viewer.field("Compared with the store").select_option("others.zarr")
-    found = until(lambda: viewer.lines("store-difference"), lambda lines: len(lines) == 3, page=viewer.page)
     # the same games captured again: the difference is nothing, over all four rollouts that both hold
-    assert all(np.abs(np.array(values, float)).max() < 1e-5 for values in found.values())
-    row = viewer.cells(viewer.rows("bs/lying@4"))
-    assert until(lambda: row.nth(1).inner_text(), bool, page=viewer.page) == "4"
+    same(viewer, "store-difference", {f"{trait}@4": np.zeros(72) for trait in sorted(stores.TRAITS)}, atol=1e-5)
+    becomes(viewer, viewer.cells(viewer.rows("bs/lying@4")).nth(1).inner_text, "4")
     viewer.field("Compared with the store").select_option("plain.zarr")
     viewer.page.get_by_text("is not scored in both stores").wait_for()
 
@@ -376,13 +383,12 @@ def test_the_table_of_rollouts(viewer: Viewer, store: datastore.Store) -> None:
     }
     ranked = sorted(means, key=lambda name: means[name])
     assert ranked != list(means)
-    assert until(lambda: ids_shown.all_inner_texts(), lambda ids: ids == ranked, page=page) == ranked
+    becomes(viewer, ids_shown.all_inner_texts, ranked)
     page.get_by_label("Filter label").fill("fabr")
     page.get_by_label("Filter label").press("Enter")
-    kept = until(lambda: ids_shown.all_inner_texts(), lambda t: len(t) == 4, page=page)
-    assert set(kept) == {f"g{i}-lie" for i in range(4)}
+    becomes(viewer, lambda: sorted(ids_shown.all_inner_texts()), [f"g{i}-lie" for i in range(4)])
     viewer.cells(viewer.rows("g3-lie")).first.click()
-    assert until(viewer.field("Rollout").input_value, lambda v: v == "g3-lie", page=page) == "g3-lie"
+    becomes(viewer, viewer.field("Rollout").input_value, "g3-lie")
 
 
 def test_heatmaps_and_spans(viewer: Viewer, store: datastore.Store) -> None:
@@ -393,8 +399,8 @@ def test_heatmaps_and_spans(viewer: Viewer, store: datastore.Store) -> None:
     wanted = lying - np.median(lying[4:])
     image = until(lambda: viewer.evaluate(IMAGE, "trait-by-token"), lambda found: len(found) == 3 * 72, page=page)
     np.testing.assert_allclose(np.array(image, float).reshape(3, 72)[1], wanted, rtol=1e-3, atol=1e-6)
-    assert until(lambda: len(viewer.evaluate(IMAGE, "layer-by-token")), lambda n: n == 2 * 72, page=page) == 2 * 72
-    assert until(lambda: len(viewer.evaluate(IMAGE, "trait-by-rollout")), lambda n: n == 3 * 8, page=page) == 24
+    becomes(viewer, lambda: len(viewer.evaluate(IMAGE, "layer-by-token")), 2 * 72)
+    becomes(viewer, lambda: len(viewer.evaluate(IMAGE, "trait-by-rollout")), 3 * 8)
     click_plot(viewer, "trait-by-token", 44.5, 1.5)
     page.locator(".t.pinned[data-i='44']").wait_for()
     viewer.button("Spans").click()
@@ -414,7 +420,7 @@ def test_heatmaps_and_spans(viewer: Viewer, store: datastore.Store) -> None:
         values = np.convolve(oracle.drawn(store, name, "bs/lying@4", smooth=1), np.ones(8) / 8, mode="valid")
         peaks[name] = np.abs(values[4:]).max()
     top = max(peaks, key=lambda name: peaks[name])
-    assert until(lambda: first.all_inner_texts()[:1], lambda c: c == [top], page=page) == [top]
+    becomes(viewer, lambda: first.all_inner_texts()[:1], [top])
     span = until(first.all_inner_texts, lambda cells: len(cells) > 4 and cells[0] == top, page=page)
     viewer.field("Spans of").select_option("clause")
     found = until(first.all_inner_texts, lambda cells: len(cells) > 4 and cells != span, page=page)
@@ -431,20 +437,19 @@ def test_correlation_and_what_holds_of_the_model(viewer: Viewer, store: datastor
     np.testing.assert_allclose(np.array(same_token, float).reshape(6, 6).diagonal(), 1.0, rtol=1e-5)
     viewer.field("Lag, tokens (row first)").fill("2")
     viewer.field("Lag, tokens (row first)").press("Enter")
-    later = until(lambda: viewer.evaluate(IMAGE, "correlation"), lambda f: f != same_token, page=page)
+    other = lambda found: len(found) == 36 and found != same_token  # noqa: E731
+    later = until(lambda: viewer.evaluate(IMAGE, "correlation"), other, page=page)
     assert later[0] < 1
     viewer.button("Calibration").click()
-    calibration = store.calibration()
-    found = until(lambda: viewer.lines("norm-by-layer"), bool, page=page)
-    np.testing.assert_allclose(found["residual"], calibration["norm"].values, rtol=1e-5)
+    shows(viewer, "norm-by-layer", {"residual": store.calibration()["norm"].values}, rtol=1e-5)
     viewer.button("Captured").click()
-    cells = until(lambda: viewer.evaluate(IMAGE, "captured-residual"), bool, page=page)
-    assert cells == [1.0] * (3 * 8)
+    becomes(viewer, lambda: viewer.evaluate(IMAGE, "captured-residual"), [1.0] * (3 * 8))
 
 
 @pytest.mark.parametrize("kind", ["png", "svg", "csv"])
 def test_plots_are_saved(viewer: Viewer, store: datastore.Store, tmp_path: Path, kind: str) -> None:
     viewer.open("?view=Trajectories&rollout=g1-lie&smooth=1&traits=bs/lying")
+    same(viewer, "scores", {"bs/lying@4": oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=1)})
     with viewer.page.expect_download() as waiting:
         viewer.button(kind.upper()).click()
     path = tmp_path / waiting.value.suggested_filename
@@ -469,17 +474,17 @@ def test_an_address_restores_what_was_looked_at(viewer: Viewer, store: datastore
     viewer.field("Layer").select_option("8")
     viewer.field("Trait").select_option("mood/calm")
     viewer.field("bs/evasion").uncheck()
-    viewer.page.locator(".t[data-i='45']").click()
+    viewer.token(45).click()
     page = viewer.page
     address = until(lambda: page.evaluate("location.search"), lambda q: "token=45" in q, page=page)
     wanted = {label: oracle.drawn(store, "g1-lie", label, mode="raw") for label in ("bs/lying@8", "mood/calm@8")}
     same(viewer, "scores", wanted)
     viewer.open(address)
     same(viewer, "scores", wanted)
-    assert viewer.field("Trait").input_value() == "mood/calm"
-    assert page.locator(".t.pinned").get_attribute("data-i") == "45"
-    assert viewer.marks("scores")["cursor"] == 45
-    assert until(lambda: page.evaluate("location.search"), lambda q: q == address, page=page) == address
+    becomes(viewer, viewer.field("Trait").input_value, "mood/calm")
+    becomes(viewer, lambda: page.locator(".t.pinned").get_attribute("data-i"), "45")
+    becomes(viewer, lambda: viewer.marks("scores").get("cursor"), 45)
+    becomes(viewer, lambda: page.evaluate("location.search"), address)
     viewer.button("Transcript").click()
     assert until(lambda: page.evaluate("location.search"), lambda q: "view=Transcript" in q, page=page)
     page.go_back()
@@ -488,19 +493,19 @@ def test_an_address_restores_what_was_looked_at(viewer: Viewer, store: datastore
 
 def test_dark_and_light(viewer: Viewer) -> None:
     viewer.open("?view=Trajectories&rollout=g1-lie")
-    paper = "getComputedStyle(document.body).backgroundColor"
-    assert viewer.page.evaluate(paper) == "rgb(255, 255, 255)"
+    paper = partial(viewer.colour, viewer.page.locator("body"))
+    light, dark = "rgb(255, 255, 255)", "rgb(27, 30, 35)"
+    becomes(viewer, paper, light)
     viewer.button("Dark").click()
     viewer.button("Light").wait_for()
     viewer.page.locator(".t").first.wait_for()
-    assert viewer.page.evaluate(paper) == "rgb(27, 30, 35)"
-    assert viewer.field("Rollout").input_value() == "g1-lie"
+    becomes(viewer, paper, dark)
+    becomes(viewer, viewer.field("Rollout").input_value, "g1-lie")
     viewer.button("Compare").click()
-    cell = viewer.cells(viewer.rows("g2-lie")).first
-    assert cell.evaluate("(one) => getComputedStyle(one.parentElement).backgroundColor") == "rgb(27, 30, 35)"
+    becomes(viewer, partial(viewer.colour, viewer.rows("g2-lie")), dark)
     viewer.button("Light").click()
     viewer.button("Dark").wait_for()
-    assert viewer.page.evaluate(paper) == "rgb(255, 255, 255)"
+    becomes(viewer, paper, light)
 
 
 @pytest.mark.parametrize(

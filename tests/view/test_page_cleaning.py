@@ -18,7 +18,7 @@ import project
 from datastore.schema import Rollout
 from experiments.direction import Direction
 from tests.view import stores
-from tests.view.browser import Viewer, browser, running, same, until, visiting
+from tests.view.browser import Viewer, becomes, browser, running, same, until, visiting
 
 LOUD = {4: (0, 20, 21, 22, 23), 8: (0, 20, 21, 22, 24), 12: (0, 20, 21, 25, 26)}
 """The massive dimensions that are put into each layer."""
@@ -145,8 +145,7 @@ def test_how_far_two_stores_moved_along_a_trait(viewer: Viewer, kept: dict[str, 
         means = [(side @ along / np.linalg.norm(along)).mean() for side in sides]
         assert [float(text.replace(",", "")) for text in shown[2:4]] == pytest.approx(means, rel=1e-3, abs=1e-3)
     viewer.field("mood/calm").uncheck()
-    rows = viewer.rows("@")
-    assert until(rows.count, lambda count: count == 2, page=viewer.page) == 2
+    becomes(viewer, viewer.rows("@").count, 2)
 
 
 def test_what_two_rollouts_differ_by_is_cleaned(viewer: Viewer, kept: dict[str, datastore.Store]) -> None:

@@ -18,7 +18,21 @@ import datastore
 import project
 from experiments.direction import Direction
 from tests.view import oracle, stores
-from tests.view.browser import IMAGE, PIXEL, RANGE, Viewer, browser, click_plot, running, same, shows, until, visiting
+from tests.view.browser import (
+    IMAGE,
+    PIXEL,
+    RANGE,
+    Viewer,
+    becomes,
+    browser,
+    click_plot,
+    running,
+    same,
+    settled,
+    shows,
+    until,
+    visiting,
+)
 from view.model import Models
 from view.page import Page
 from view.state import VIEWS, State
@@ -157,11 +171,11 @@ def test_views_sections_and_comparisons_are_chosen(viewer: Viewer) -> None:
             viewer.button(choice).click()
             first = State.param[field].default == choice
             wanted = "" if first else choice
-            assert until(partial(asked, viewer, field), partial(str.__eq__, wanted), page=page) == wanted
+            becomes(viewer, partial(asked, viewer, field), wanted)
             if figure:
                 assert until(partial(visible, viewer, figure), bool, page=page), choice
     viewer.button("Transcript").click()
-    assert until(lambda: page.locator(".bk-Figure:visible").count(), lambda n: n == 0, page=page) == 0
+    becomes(viewer, page.locator(".bk-Figure:visible").count, 0)
     viewer.button("Trajectories").click()
     assert until(lambda: visible(viewer, "scores"), bool, page=page)
 
@@ -190,7 +204,7 @@ def test_traits_are_drawn_and_left_out(viewer: Viewer, store: datastore.Store) -
     same(viewer, "scores", {label: curves[label] for label in ("bs/evasion@4", "bs/lying@4")})
     viewer.field("mood/calm").check()
     same(viewer, "scores", curves)
-    assert "traits=" not in viewer.page.evaluate("location.search")
+    becomes(viewer, partial(asked, viewer, "traits"), "")
 
 
 def test_a_line_for_each_component(viewer: Viewer, kept: Path) -> None:
@@ -204,7 +218,8 @@ def test_a_line_for_each_component(viewer: Viewer, kept: Path) -> None:
         wanted[component] = rows @ (unit / np.linalg.norm(unit))
 
     def named(lines: dict[str, Any]) -> bool:
-        return all(len([name for name in lines if component in name]) == 1 for component in wanted)
+        found = [[len(curve) for name, curve in lines.items() if component in name] for component in wanted]
+        return found == [[72], [72]]
 
     found = until(partial(viewer.lines, "scores"), named, page=viewer.page)
     assert len(found) == 2
@@ -218,11 +233,11 @@ def test_smoothing_steps_up_and_down(viewer: Viewer, store: datastore.Store) -> 
     for name, window in (("more", 6), ("less", 5), ("less", 4)):
         viewer.page.get_by_label(name, exact=True).locator("visible=true").first.click()
         wanted = "" if window == 5 else str(window)  # 5 is as at first
-        assert until(partial(asked, viewer, "smooth"), partial(str.__eq__, wanted), page=viewer.page) == wanted
+        becomes(viewer, partial(asked, viewer, "smooth"), wanted)
     for _ in range(2):
         viewer.page.get_by_label("less", exact=True).locator("visible=true").first.click()
     same(viewer, "scores", {"bs/lying@4": oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=3)})
-    assert until(partial(asked, viewer, "smooth"), partial(str.__eq__, "2"), page=viewer.page) == "2"
+    becomes(viewer, partial(asked, viewer, "smooth"), "2")
 
 
 # -- curves ----------------------------------------------------------------------------------------------------------
@@ -240,8 +255,8 @@ def test_a_click_in_the_legend_hides_a_curve_and_shows_it_again(viewer: Viewer, 
     entry(viewer, "bs/lying").click()
     rest = {label: curve for label, curve in curves.items() if label != "bs/lying@4"}
     same(viewer, "scores", rest)
-    off = until(lambda: entry(viewer, "bs/lying").get_attribute("class"), lambda c: "inactive" in c, page=viewer.page)
-    assert "bk-inactive" in off
+    names = lambda: entry(viewer, "bs/lying").get_attribute("class") or ""  # noqa: E731
+    assert "bk-inactive" in until(names, lambda found: "bk-inactive" in found, page=viewer.page)
     viewer.field("Scores as").select_option("raw")  # what is hidden stays hidden when other numbers are drawn
     same(viewer, "scores", {label: oracle.drawn(store, "g1-lie", label, smooth=1, mode="raw") for label in rest})
     entry(viewer, "bs/lying").click()
@@ -252,10 +267,10 @@ def test_a_group_is_hidden_with_its_band(viewer: Viewer) -> None:
     viewer.open("?view=Compare&against=Groups&trait=bs/lying&smooth=1")
     page = viewer.page
     until(lambda: set(viewer.lines("groups")), lambda names: len(names) == 2, page=page)
-    assert until(lambda: viewer.evaluate(AREAS, "groups"), lambda count: count == 2, page=page) == 2
+    becomes(viewer, lambda: viewer.evaluate(AREAS, "groups"), 2)
     entry(viewer, "honest").click()
-    assert until(lambda: set(viewer.lines("groups")), lambda f: f == {"fabrication"}, page=page) == {"fabrication"}
-    assert until(lambda: viewer.evaluate(AREAS, "groups"), lambda count: count == 1, page=page) == 1
+    becomes(viewer, lambda: set(viewer.lines("groups")), {"fabrication"})
+    becomes(viewer, lambda: viewer.evaluate(AREAS, "groups"), 1)
 
 
 AREAS = """(name) => Bokeh.documents[0].get_model_by_name(name).renderers
@@ -267,9 +282,9 @@ def test_a_plot_is_moved_reset_and_zoomed_into(viewer: Viewer) -> None:
     viewer.open("?view=Trajectories&rollout=g1-lie&smooth=1")
     page = viewer.page
     until(lambda: viewer.lines("scores"), bool, page=page)
-    whole = viewer.evaluate(WIDTH, "scores")
-    low, high = viewer.evaluate(RANGE, "scores")
-    x, y = viewer.evaluate(PIXEL, ["scores", 30, (low + high) / 2])
+    width, heights = (partial(viewer.evaluate, script, "scores") for script in (WIDTH, RANGE))
+    whole, (low, high) = settled(viewer, lambda: (width(), heights()))
+    x, y = settled(viewer, lambda: viewer.evaluate(PIXEL, ["scores", 30, (low + high) / 2]))
 
     def drag() -> None:
         page.mouse.move(x, y)
@@ -279,23 +294,23 @@ def test_a_plot_is_moved_reset_and_zoomed_into(viewer: Viewer) -> None:
         page.mouse.up()
 
     drag()  # pan is what a drag does at first
-    moved = until(lambda: viewer.evaluate(WIDTH, "scores"), lambda found: found != whole, page=page)
+    moved = until(width, lambda found: found != whole, page=page)
     assert moved[0] < whole[0]
     assert moved[1] - moved[0] == pytest.approx(whole[1] - whole[0])
     tool(viewer, "Reset").click()
-    assert until(lambda: viewer.evaluate(WIDTH, "scores"), lambda found: found == whole, page=page) == whole
+    becomes(viewer, width, whole)
     tool(viewer, "Box Zoom").click()
     drag()
-    boxed = until(lambda: viewer.evaluate(WIDTH, "scores"), lambda found: found != whole, page=page)
+    boxed = until(width, lambda found: found != whole, page=page)
     assert boxed[0] == pytest.approx(30, abs=1)
     assert boxed[1] < whole[1]
-    assert viewer.evaluate(RANGE, "scores") != [low, high]
+    assert until(heights, lambda found: found != [low, high], page=page) != [low, high]
     page.wait_for_timeout(
         400
     )  # two clicks of one button within 0.3 s are a double click to Bokeh, which resets nothing
     tool(viewer, "Reset").click()
-    assert until(lambda: viewer.evaluate(WIDTH, "scores"), lambda found: found == whole, page=page) == whole
-    assert viewer.evaluate(RANGE, "scores") == [low, high]
+    becomes(viewer, width, whole)
+    becomes(viewer, heights, [low, high])
 
 
 @pytest.mark.parametrize(
@@ -311,21 +326,22 @@ def test_a_plot_is_moved_reset_and_zoomed_into(viewer: Viewer) -> None:
 def test_what_was_zoomed_into_is_whole_again(viewer: Viewer, query: str, name: str, bounds: list[float]) -> None:
     page = viewer.open(query + "&smooth=1").page
     assert until(partial(drawn, viewer, name), bool, page=page)
-    (left, right), (low, high) = viewer.evaluate(WIDTH, name), viewer.evaluate(RANGE, name)
+    width, heights = (partial(viewer.evaluate, script, name) for script in (WIDTH, RANGE))
+    (left, right), (low, high) = settled(viewer, lambda: (width(), heights()))
     corners = [(left + share * (right - left), low + share * (high - low)) for share in (0.3, 0.7)]
-    start, stop = (viewer.evaluate(PIXEL, [name, *corner]) for corner in corners)
+    start, stop = settled(viewer, lambda: [viewer.evaluate(PIXEL, [name, *corner]) for corner in corners])
     page.mouse.move(*start)
     tool(viewer, "Box Zoom").click()
     page.mouse.move(*start)
     page.mouse.down()
     page.mouse.move(*stop, steps=6)
     page.mouse.up()
-    inside = until(lambda: viewer.evaluate(WIDTH, name), lambda found: found != [left, right], page=page)
+    inside = until(width, lambda found: found != [left, right], page=page)
     assert left < inside[0] < inside[1] < right
-    assert viewer.evaluate(RANGE, name) != [low, high]
+    assert until(heights, lambda found: found != [low, high], page=page) != [low, high]
     tool(viewer, "Reset").click()
-    assert until(lambda: viewer.evaluate(WIDTH, name), lambda found: found == bounds, page=page) == bounds
-    assert viewer.evaluate(RANGE, name) == [low, high]
+    becomes(viewer, width, bounds)
+    becomes(viewer, heights, [low, high])
 
 
 def tool(viewer: Viewer, name: str) -> Any:
@@ -340,6 +356,8 @@ def test_a_point_of_a_curve_says_what_it_is(viewer: Viewer, store: datastore.Sto
     tips = viewer.page.locator(".bk-Tooltip:visible")
     read = "all => all.map(one => [...one.shadowRoot.children].map(part => part.innerText ?? '').join(' '))"
 
+    token = str(store.tokens("g1-lie")["text"][50]).strip()
+
     def pointed() -> list[str]:
         x, y = viewer.evaluate(PIXEL, ["scores", 50, float(curve[50])])
         viewer.page.mouse.move(x, y + 40)  # away and there again: a move of before the plot was drawn is no help
@@ -347,9 +365,10 @@ def test_a_point_of_a_curve_says_what_it_is(viewer: Viewer, store: datastore.Sto
         found: list[str] = tips.evaluate_all(read)
         return found
 
-    said = until(pointed, lambda texts: bool(texts and "@4" in texts[0]), page=viewer.page)[0]
+    whole = lambda texts: bool(texts) and all(part in texts[0] for part in ("@4", token))  # noqa: E731
+    said = until(pointed, whole, page=viewer.page)[0]
     assert "bs/lying@4" in said
-    assert str(store.tokens("g1-lie")["text"][50]).strip() in said
+    assert token in said
     words = re.findall(r"-?\d+(?:\.\d+)?", said.split("@4")[1].replace("\u2212", "-"))
     numbers = [float(word) for word in words]
     assert 50 in numbers
@@ -367,7 +386,7 @@ def test_a_click_in_any_curve_pins_its_token(viewer: Viewer, view: str, figure: 
     low, high = viewer.evaluate(RANGE, figure)
     click_plot(viewer, figure, 47, (low + high) / 2)
     viewer.page.locator(".t.pinned[data-i='47']").wait_for()
-    assert until(lambda: viewer.marks(figure).get("cursor"), lambda at: at == 47, page=viewer.page) == 47
+    becomes(viewer, lambda: viewer.marks(figure).get("cursor"), 47)
 
 
 def test_columns_that_come_while_a_table_is_built_are_shown(viewer: Viewer) -> None:
@@ -393,14 +412,11 @@ def test_the_table_is_filtered_and_paged(viewer: Viewer, store: datastore.Store)
     viewer.open("?traits=bs/lying")
     page, table = viewer.page, store.rollouts
     ids = page.locator(".tabulator-cell[tabulator-field=rollout]:visible")
-    until(ids.count, lambda count: count == 15, page=page)
-    assert ids.all_inner_texts() == list(map(str, table.index[:15]))
+    becomes(viewer, ids.all_inner_texts, list(map(str, table.index[:15])))
     page.locator(".tabulator-page[data-page='2']").click()
-    second = until(ids.all_inner_texts, lambda texts: len(texts) == 3, page=page)
-    assert second == list(map(str, table.index[15:]))
+    becomes(viewer, ids.all_inner_texts, list(map(str, table.index[15:])))
     ids.last.click()
-    last = str(table.index[-1])
-    assert until(viewer.field("Rollout").input_value, lambda value: value == last, page=page) == last
+    becomes(viewer, viewer.field("Rollout").input_value, str(table.index[-1]))
     kinds: dict[str, tuple[str, Any]] = {
         "set": ("single", table.index[table["prompt_set"] == "single_turn"]),
         "tags": ("audit", table.index),
@@ -411,9 +427,7 @@ def test_the_table_is_filtered_and_paged(viewer: Viewer, store: datastore.Store)
         field = page.get_by_label(f"Filter {title}", exact=True)
         field.fill(typed)
         field.press("Enter")
-        wanted = [str(name) for name in names][:15]
-        found = until(ids.all_inner_texts, partial(list.__eq__, wanted), page=page)
-        assert found == wanted, title
+        becomes(viewer, ids.all_inner_texts, [str(name) for name in names][:15])
         field.fill("")
         field.press("Enter")
         until(ids.count, lambda count: count == 15, page=page)
@@ -432,7 +446,7 @@ def test_the_heatmaps_show_layers_and_rollouts_and_go_there(viewer: Viewer, stor
     click_plot(viewer, "layer-by-token", 61.5, 0.5)
     page.locator(".t.pinned[data-i='61']").wait_for()
     click_plot(viewer, "trait-by-rollout", 5.5, 1.5)
-    assert until(viewer.field("Rollout").input_value, lambda v: v == names[5], page=page) == names[5]
+    becomes(viewer, viewer.field("Rollout").input_value, names[5])
 
 
 def matrix(viewer: Viewer, name: str, rows: int) -> NDArray[np.float64]:
@@ -471,18 +485,14 @@ def test_correlations_are_those_of_numpy(viewer: Viewer, store: datastore.Store)
         return whole[: len(labels), len(labels) :]
 
     np.testing.assert_allclose(matrix(viewer, "correlation", 6), together(2), rtol=1e-4, atol=1e-5)
-    decay = until(lambda: viewer.lines("correlation-by-lag"), lambda lines: len(lines) == 6, page=viewer.page)
     row = labels.index("bs/lying@4")
-    for j, label in enumerate(labels):
-        wanted = [together(lag)[row, j] for lag in range(-10, 11)]
-        np.testing.assert_allclose(decay[label], wanted, rtol=1e-4, atol=1e-5)
+    by_lag = np.array([together(lag)[row] for lag in range(-10, 11)])
+    same(viewer, "correlation-by-lag", dict(zip(labels, by_lag.T, strict=True)), atol=1e-5)
 
 
 def test_calibration_is_drawn_at_the_true_layers(viewer: Viewer, store: datastore.Store) -> None:
     viewer.open("?section=Calibration")
-    found = until(lambda: viewer.lines("alignment-by-layer"), bool, page=viewer.page)
-    calibration = store.calibration()
-    np.testing.assert_allclose(found["residual"], calibration["mean_alignment"].values, rtol=1e-5)
+    shows(viewer, "alignment-by-layer", {"residual": store.calibration()["mean_alignment"].values}, rtol=1e-5)
     rows = {
         layer: np.concatenate(
             [
@@ -492,14 +502,13 @@ def test_calibration_is_drawn_at_the_true_layers(viewer: Viewer, store: datastor
         )
         for layer in stores.LAYERS
     }
-    massive = viewer.lines("massive-dimensions")
     sizes = {layer: np.abs(values).mean(axis=0) for layer, values in rows.items()}
     ratios = [size[0] / np.median(size) for size in sizes.values()]
-    np.testing.assert_allclose(massive["residual dim 0"], ratios, rtol=0.02)
+    shows(viewer, "massive-dimensions", {"residual dim 0": np.array(ratios)}, rtol=0.02)
     script = "(name) => Bokeh.documents[0].get_model_by_name(name).renderers[1].data_source.data.x"
-    assert list(viewer.evaluate(script, "norm-by-layer")) == list(stores.LAYERS)
+    becomes(viewer, lambda: list(viewer.evaluate(script, "norm-by-layer")), list(stores.LAYERS))
     means = [np.linalg.norm(values, axis=1).mean() for values in rows.values()]
-    np.testing.assert_allclose(viewer.lines("norm-by-layer")["residual"], means, rtol=1e-3)
+    shows(viewer, "norm-by-layer", {"residual": np.array(means)}, rtol=1e-3)
 
 
 # -- groups by role --------------------------------------------------------------------------------------------------
@@ -553,7 +562,7 @@ def test_every_plot_is_saved(viewer: Viewer, query: str, tmp_path: Path) -> None
 
 def drawn(viewer: Viewer, name: str) -> bool:
     """Whether a plot shows anything."""
-    return bool(viewer.lines(name)) or len(viewer.evaluate(IMAGE, name)) > 1
+    return any(map(len, viewer.lines(name).values())) or len(viewer.evaluate(IMAGE, name)) > 1
 
 
 def _check_table(path: Path, curves: dict[str, NDArray[np.float64]], image: list[float]) -> None:

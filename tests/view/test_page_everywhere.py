@@ -13,7 +13,7 @@ import datastore
 import project
 from datastore.schema import Rollout
 from tests.view import oracle, stores
-from tests.view.browser import IMAGE, Viewer, browser, click_plot, running, shows, until, visiting
+from tests.view.browser import IMAGE, Viewer, becomes, browser, click_plot, running, shows, until, visiting
 
 GAMES = 4
 MANY, WHOLE = 2_050, 2_010
@@ -85,7 +85,7 @@ def test_more_rollouts_than_a_heatmap_holds_are_shown_in_parts(viewer: Viewer, k
     np.testing.assert_allclose(_image(viewer, "trait-by-rollout", count=50), wanted[2000:], atol=1e-6)
     viewer.page.get_by_text("Rollouts 2,001 to 2,050 of 2,050").wait_for()
     click_plot(viewer, "trait-by-rollout", 7.5, 0.5)
-    assert until(viewer.field("Rollout").input_value, lambda v: v == names[2007], page=viewer.page) == names[2007]
+    becomes(viewer, viewer.field("Rollout").input_value, names[2007])
     address = until(lambda: viewer.page.evaluate("location.search"), lambda q: names[2007] in q, page=viewer.page)
     viewer.open(address)
     np.testing.assert_allclose(_image(viewer, "trait-by-rollout", count=50), wanted[2000:], atol=1e-6)
@@ -166,8 +166,7 @@ def test_means_and_effect_sizes_are_of_the_velocity(viewer: Viewer, store: datas
     viewer.button("Groups").click()
     a, b = (np.array([means[f"g{game}-{kind}"] for game in range(GAMES)]) for kind in KINDS.values())
     effect = (b.mean() - a.mean()) / np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
-    rows = viewer.rows("@")
-    until(rows.count, lambda count: count == 2, page=viewer.page)  # of the one trait that is drawn, at both layers
+    becomes(viewer, viewer.rows("@").count, 2)  # of the one trait that is drawn, at both layers
     cells = viewer.cells(viewer.rows("bs/lying@4"))
     size = until(lambda: cells.nth(8).inner_text(), bool, page=viewer.page)
     assert float(size.replace(",", "")) == pytest.approx(effect, rel=1e-2)
@@ -226,5 +225,4 @@ def test_a_control_is_shown_where_it_does_something(viewer: Viewer, query: str) 
     viewer.open(query)
     fields = {name: viewer.field(name) for name in ("One line for each", "Compare with (ids, by commas)")}
     fields["Traits drawn"] = viewer.page.get_by_role("heading", name="Traits drawn")
-    read = lambda: {name for name, field in fields.items() if field.is_visible()}  # noqa: E731
-    assert until(read, lambda found: found == SHOWN[query], page=viewer.page) == SHOWN[query]
+    becomes(viewer, lambda: {name for name, field in fields.items() if field.is_visible()}, SHOWN[query])

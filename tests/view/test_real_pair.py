@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 import datastore
 import project
 from tests import house
-from tests.view.browser import Viewer, browser, running, shows, until, visiting
+from tests.view.browser import Viewer, becomes, browser, running, shows, until, visiting
 
 GAME = house.ROOT / "experiments" / "secret_number" / "data"
 MOST_TABS = 300
@@ -116,13 +115,10 @@ def test_a_newcomer_finds_where_a_lie_parts_from_its_honest_twin(viewer: Viewer,
     assert [kind_a, kind_b] == [table["classification"][a], table["classification"][b]]
     assert kind_a == "honest" != kind_b
     assert int(fork) == parting(store, a, b) == table["fork"][a] == table["fork"][b]  # as the generator recorded it
-    said, words = page.locator("h2", has_text="They part at token"), heading(store, a, b)
-    assert until(said.inner_text, partial(str.__eq__, words), page=page) == words
+    becomes(viewer, page.locator("h2", has_text="They part at token").inner_text, heading(store, a, b))
     ends = ["".join(store.tokens(name)["text"].tolist()[int(fork) :]).split() for name in (a, b)]
-    sides = lambda: [side.split() for side in page.locator(".sides mark").all_inner_texts()]  # noqa: E731
-    assert until(sides, lambda found: found == ends, page=page) == ends
-    mark = until(lambda: viewer.marks("difference").get("fork"), lambda at: at == int(fork) - 0.5, page=page)
-    assert mark == int(fork) - 0.5
+    becomes(viewer, lambda: [side.split() for side in page.locator(".sides mark").all_inner_texts()], ends)
+    becomes(viewer, lambda: viewer.marks("difference").get("fork"), int(fork) - 0.5)
     assert f"rollout={a}&rollout={b}" in address(viewer, f"rollout={a}&rollout={b}")
     page.get_by_text("Groups", exact=True).click()
     scores = store.scores()
@@ -170,10 +166,10 @@ def tab_to(viewer: Viewer, wanted: str, *, key: str = "Tab") -> Any:
 
 
 def seen(viewer: Viewer, one: Any) -> bool:
-    """Whether an element looks otherwise with the focus than without."""
+    """Whether an element looks otherwise with the focus than without, once it has changed from one to the other."""
     focused = one.evaluate(RING)
     one.evaluate("(one) => one.blur()")
-    left = one.evaluate(RING)
+    left = until(lambda: one.evaluate(RING), lambda found: found != focused, page=viewer.page)
     one.evaluate("(one) => one.focus({focusVisible: true})")
     return bool(focused != left)
 
@@ -197,12 +193,11 @@ def test_the_whole_way_by_keyboard(viewer: Viewer, store: datastore.Store) -> No
     page.get_by_text(name, exact=True).locator("visible=true").first.wait_for()
     press(viewer, "ArrowDown", "Enter")
     assert f"rollout={name}" in address(viewer, f"rollout={name}")
-    words = store.tokens(name)["text"].tolist()
-    assert until(lambda: page.locator(".t").all_text_contents(), lambda t: t == words, page=page) == words
+    becomes(viewer, page.locator(".t").all_text_contents, store.tokens(name)["text"].tolist())
     assert seen(viewer, tab_to(viewer, "Trait"))
-    before = page.locator(".legend .name").inner_text()
+    before, chosen = page.locator(".legend .name").inner_text(), viewer.field("Trait").input_value()
     keyboard.press("ArrowDown")
-    trait = str(viewer.field("Trait").input_value())
+    trait = str(until(viewer.field("Trait").input_value, lambda value: value != chosen, page=page))
     shaded = until(page.locator(".legend .name").inner_text, lambda text: text.startswith(trait), page=page)
     assert shaded.startswith(trait)
     assert shaded != before
@@ -211,7 +206,7 @@ def test_the_whole_way_by_keyboard(viewer: Viewer, store: datastore.Store) -> No
         keyboard.press(key)
         page.locator(f".t.pinned[data-i='{at}']").wait_for(state="attached")
     assert "token=1" in address(viewer, "token=1")
-    assert page.locator(".card").get_attribute("data-at") == "1"
+    becomes(viewer, lambda: page.locator(".card").get_attribute("data-at"), "1")
     assert seen(viewer, tab_to(viewer, "Compare", key="Shift+Tab"))
     keyboard.press("Enter")
     assert "view=Compare" in address(viewer, "view=Compare")
@@ -219,7 +214,7 @@ def test_the_whole_way_by_keyboard(viewer: Viewer, store: datastore.Store) -> No
     until(pairs.count, lambda count: count > 1, page=page)
     words = until(viewer.cells(pairs.first).all_inner_texts, lambda cells: len(cells) == 6, page=page)
     a, b, fork = words[:3]
-    second = viewer.cells(pairs.nth(1)).all_inner_texts()[:3]
+    second = until(viewer.cells(pairs.nth(1)).all_inner_texts, lambda cells: len(cells) == 6, page=page)[:3]
     row = tab_to(viewer, f"0{re.escape(''.join(words).strip())}")
     assert seen(viewer, row)
     keyboard.press("Enter")
@@ -233,6 +228,7 @@ def test_the_whole_way_by_keyboard(viewer: Viewer, store: datastore.Store) -> No
 def test_every_stop_of_the_keyboard_is_seen(viewer: Viewer) -> None:
     viewer.open("?view=Compare")
     until(viewer.rows().count, lambda count: count > 1, page=viewer.page)
+    viewer.page.locator("h2", has_text="They part at token").wait_for()  # the pair that is offered is there
     unseen, names = [], []
     for _ in range(MOST_TABS):
         viewer.page.keyboard.press("Tab")
