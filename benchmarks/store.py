@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 import datastore
 from benchmarks.measure import Row, alternate, chill, peak_rss, read_bytes, show, size_of
 from datastore import layout, storage
-from datastore.codec import ChunkDecoder, encode_pieces
+from datastore.codec import ChunkDecoder, encode, encode_pieces
 from datastore.schema import Codec, ComponentSpec, Plan, Rollout
 from tests.synthetic import activations
 
@@ -105,8 +105,7 @@ def chunks_of(data: Data, tokens: int) -> Iterator[NDArray[Any]]:
 def encode_all(data: Data, codec: Codec) -> list[bytes]:
     """Encode every chunk on all cores and keep the result."""
     with ThreadPoolExecutor(CPUS) as pool:
-        pieces = pool.map(lambda c: encode_pieces(c, codec)[0], chunks_of(data, layout.chunk_tokens(WIDTH, 2)))
-        return [bytes(one) for one in pieces]
+        return list(pool.map(lambda c: encode(c, codec), chunks_of(data, layout.chunk_tokens(WIDTH, 2))))
 
 
 def encoded_bytes(data: Data, codec: Codec) -> int:
