@@ -163,7 +163,7 @@ def _one(
     gb = tokens * len(layers) * table.hidden * 2 / 1e9
     return rows, (
         f"{len(layers)} layers: {tokens} tokens, {gb:.1f} GB raw, capture {gb / seconds['captured']:.2f} GB/s, "
-        f"writer alone {gb / seconds['written']:.2f}, encoder alone {gb / seconds['encoded']:.2f}, files synced by "
+        f"encoder alone {gb / seconds['encoded']:.2f}, files synced by "
         f"as many threads {gb / seconds['disk']:.2f}"
     )
 
@@ -189,11 +189,6 @@ def _seconds(
         last = next(stores)
         capture.run(model, None, rollouts, last, memory=MEMORY, **options)
 
-    def written() -> None:
-        nonlocal last
-        last = next(stores)
-        _write_alone(rollouts, last, table, layers, values=values)
-
     def clear() -> None:
         shutil.rmtree(last, ignore_errors=True)
         os.sync()
@@ -214,7 +209,7 @@ def _seconds(
         last.mkdir()
         _in_threads(lambda i: _write_synced(last / str(i), bodies[id(chunks[i])]), range(len(chunks)))
 
-    tasks = {"bare": bare, "captured": captured, "written": written, "encoded": encoded, "disk": disk}
+    tasks = {"bare": bare, "captured": captured, "encoded": encoded, "disk": disk}
     seconds = alternate(tasks, rounds=min(2, sizes.rounds), before=clear)
     clear()
     return seconds
@@ -301,17 +296,6 @@ def _some_rows(model: Any, table: ComponentTable, rollout: Rollout, layers: Sequ
 
     run_batch(model, table, [("0", rollout.token_ids)], layers=layers, components=["residual"], put=put)
     return {layer: np.concatenate([rows, rows]).astype(ml_dtypes.bfloat16, copy=False) for layer, rows in found.items()}
-
-
-def _write_alone(
-    rollouts: Sequence[Rollout], store: Path, table: ComponentTable, layers: Sequence[int], *, values: dict[int, Any]
-) -> None:
-    plan = _plan(store, rollouts, table, layers, sum(r.n_tokens for r in rollouts))
-    with datastore.create(store, plan, memory=MEMORY) as writer:
-        for rollout in plan.rollouts:
-            for layer in layers:
-                writer.put("residual", layer, rollout.rollout_id, values[layer][: rollout.n_tokens])
-        writer.commit()
 
 
 def disk_rate(root: Path, *, n_bytes: int = 2 << 30) -> str:

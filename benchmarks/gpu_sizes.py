@@ -64,7 +64,7 @@ FULL = Sizes(
     },
     batch_tokens=16_384,
     rollout_tokens=2048,
-    batches={1: 16, 9: 8, 0: 3},
+    batches={1: 12, 9: 24, 0: 4},
     copy_layers=32,
     kimi={
         **_LATENT,

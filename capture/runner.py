@@ -22,6 +22,7 @@ from capture.errors import CaptureError, RequestError
 from capture.forward import Halved, run_batch
 from capture.layerspec import parse_layers
 from capture.memorylog import log_memory
+from capture.processes import launched
 from capture.staging import Staging
 from capture.tokenbytes import token_bytes
 from datastore import layout, storage
@@ -128,7 +129,7 @@ def run(
     replace : bool
         Capture again what is there; the new capture counts.
     **options
-        For `carry_out`: `part`, `memory`, `strict`, `tick`.
+        For `carry_out`: `part`, `memory`, `strict`, `tick`, `processes`.
 
     Raises
     ------
@@ -188,6 +189,7 @@ def carry_out(
     memory: int = 1 << 30,
     strict: bool = False,
     environment: Mapping[str, Any] | None = None,
+    processes: int | None = None,
     tick: Callable[[Tick], object] = lambda _: None,
 ) -> Done:
     """Fill and commit plans with a model.
@@ -208,6 +210,9 @@ def carry_out(
     environment : mapping, optional
         Versions, device and threads of this process. A plan begun elsewhere is refused where versions or device differ;
         its number of threads is taken over.
+    processes : int, optional
+        Processes that compress and write, 0 for threads of this one; default as many as CPUs beside a GPU, which waits
+        where threads take the interpreter lock from the model's, and else threads.
     tick : callable
         Told when the model is there, and after each batch.
 
@@ -219,12 +224,13 @@ def carry_out(
         As `run_batch`; where the disk has not the room; where the plan was begun in another environment.
     """
     done, loaded = Done(), _Loaded(source)
+    helping = _writing_processes() if processes is None else processes
     _refuse_full_disk(Path(store), plans)
     for plan in plans:
         began, loading = time.monotonic(), loaded.seconds
         with (
             _as_begun(plan, environment, store),
-            datastore.create(store, plan, part=part, memory=memory, threads=_writing_threads()) as writer,
+            datastore.create(store, plan, part=part, memory=memory, processes=helping) as writer,
         ):
             _Filling(writer=writer, store=Path(store), done=done, strict=strict, tick=tick).fill(loaded)
             number = writer.commit()
@@ -255,9 +261,12 @@ class _Loaded:
         return self._found
 
 
-def _writing_threads() -> int | None:
-    """Two thirds of the CPUs beside a GPU: with all of them writing, the thread that keeps it busy gets no turn."""
-    return -(-2 * len(os.sched_getaffinity(0)) // 3) if torch.cuda.is_available() else None
+def _writing_processes() -> int:
+    """Beside a GPU, this process's share of the machine's CPUs."""
+    if not torch.cuda.is_available() or not hasattr(os, "memfd_create"):
+        return 0
+    launch = launched()
+    return max(1, len(os.sched_getaffinity(0)) // (launch.neighbours if launch else 1))
 
 
 def expected_bytes(plan: Plan) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datastore import storage
+from datastore.arena import Arena
 from datastore.dtype import numpy_dtype
 from datastore.partials import ChunkId
 from datastore.schema import Plan
@@ -62,14 +63,24 @@ class Assembly:
         many that are each touched once. One is always allowed to wait.
     check : callable
         Raises when writing failed, so that nobody waits for a buffer that does not come back.
+    arena : Arena, optional
+        Where buffers lie that other processes see; it has a slot for each that the allowance allows.
     """
 
     def __init__(
-        self, plan: Plan, directory: Path, *, allowance: int, waiting: int, check: Callable[[], None]
+        self,
+        plan: Plan,
+        directory: Path,
+        *,
+        allowance: int,
+        waiting: int,
+        check: Callable[[], None],
+        arena: Arena | None = None,
     ) -> None:
         self._shapes = {c.name: (plan.chunk_tokens[c.name], c.width) for c in plan.components}
         self._dtypes = {c.name: numpy_dtype(c.dtype) for c in plan.components}
         self._directory, self._allowance, self._waiting, self._check = directory, allowance, waiting, check
+        self._arena = arena
         self._open: dict[ChunkId, OpenChunk] = {}
         self._aside: dict[ChunkId, NDArray[np.bool_]] = {}
         self._free: dict[str, list[NDArray[Any]]] = {c.name: [] for c in plan.components}
@@ -95,9 +106,9 @@ class Assembly:
     def lend(self, chunk: ChunkId, values: NDArray[Any]) -> OpenChunk | None:
         """Take a whole chunk in the caller's own memory, once there is room among those that wait to be written.
 
-        None where rows of the chunk are here already, so that it must be put together.
+        None where rows of the chunk are here already, so that it must be put together, and where others must see it.
         """
-        if chunk in self._open or chunk in self._aside:
+        if self._arena or chunk in self._open or chunk in self._aside:
             return None
         with self._room:
             while self._busy and (self._busy + 1) * values.nbytes > self._waiting:
@@ -139,16 +150,21 @@ class Assembly:
         if self._free[component]:
             return self._free[component].pop()
         shape, dtype = self._shapes[component], self._dtypes[component]
-        need = shape[0] * shape[1] * dtype.itemsize
+        need = self._arena.slot if self._arena else shape[0] * shape[1] * dtype.itemsize
         for others in self._free.values():
             while others and self._allocated + need > self._allowance:
-                self._allocated -= others.pop().nbytes
+                self._forget(others.pop())
         if self._busy and (self._busy + 1) * need > self._waiting:
             return None
         if self._allocated + need > self._allowance and (self._busy or self._open):
             return None
         self._allocated += need
-        return np.empty(shape, dtype)
+        return self._arena.take(shape, dtype) if self._arena else np.empty(shape, dtype)
+
+    def _forget(self, buffer: NDArray[Any]) -> None:
+        self._allocated -= self._arena.slot if self._arena else buffer.nbytes
+        if self._arena:
+            self._arena.give_back(buffer)
 
     def _put_aside(self, chunk: ChunkId) -> None:
         one = self._open[chunk]

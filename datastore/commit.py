@@ -1,6 +1,6 @@
 """Complete a plan's group from its partials and publish it: the one rename that makes a capture exist."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,24 +19,49 @@ from datastore.schema import SEGMENTS, STATISTICS, Codec, Plan
 from datastore.stats import Key, Moments
 from datastore.union import load_drops, load_union, plan_of
 
-__all__ = ["Combiner", "commit_group", "committed_as"]
+__all__ = ["Combiner", "Counted", "commit_group", "committed_as"]
 
 NAMED_NONFINITE = 20
 
+Counted = tuple[int, list[dict[str, Any]]]
+"""Elements of a layer that are not finite, and the first tokens that hold one."""
+
 
 class Combiner:
-    """Adds the partials of all chunks up, in token order, and writes the statistics of a capture."""
+    """Adds the partials of all chunks up, in token order, and writes the statistics of a capture.
 
-    def __init__(self, plan: Plan, group: Path, partials: Partials, *, threads: int, memory: int) -> None:
+    Parameters
+    ----------
+    plan : Plan
+    group : Path
+        The capture's group, before it is published.
+    partials : Partials
+    threads, memory : int
+        Layers are combined side by side, in so many threads and bytes at most.
+    cell : callable, optional
+        What does `combine_cell` elsewhere.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        group: Path,
+        partials: Partials,
+        *,
+        threads: int = 1,
+        memory: int = 0,
+        cell: Callable[[str, int], Counted] | None = None,
+    ) -> None:
         self.plan, self.group, self.partials = plan, group, partials
         self._threads = max(1, min(threads, memory // (8 * STATS_ROW_BYTES)))
+        self._cell = cell or self.combine_cell
         self._chunk_rows: dict[tuple[str, str], int] = {}
 
     def combine(self) -> dict[str, Any]:
         """Write `stats/` and return what the capture's metadata says of them."""
         cells = [(one.name, i) for one in self.plan.components for i in range(len(self.plan.layers))]
         with ThreadPoolExecutor(self._threads) as pool:
-            counted = list(pool.map(lambda cell: self._combine_cell(*cell), cells))
+            counted = list(pool.map(lambda cell: self._cell(*cell), cells))
         total = {one.name: 0 for one in self.plan.components}
         named: list[dict[str, Any]] = []
         for (component, _), (count, where) in zip(cells, counted, strict=True):
@@ -44,7 +69,8 @@ class Combiner:
             named.extend(where)
         return {"nonfinite": total, "nonfinite_tokens": named[:NAMED_NONFINITE]}
 
-    def _combine_cell(self, component: str, layer_index: int) -> tuple[int, list[dict[str, Any]]]:
+    def combine_cell(self, component: str, layer_index: int) -> Counted:
+        """Write the statistics of one layer of a component."""
         norms = np.empty(self.plan.n_tokens, dtype=np.float32)
         count, where = 0, []
         for block, moments in self._blocks(component, layer_index, norms):

@@ -18,16 +18,17 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from datastore import layout, parts, storage
+from datastore.arena import Arena
 from datastore.assembly import Assembly, OpenChunk, bits
-from datastore.codec import encode_pieces
+from datastore.chunkprocesses import ChunkProcesses
+from datastore.chunkwork import ChunkWork, Work
 from datastore.commit import Combiner, commit_group
 from datastore.dtype import numpy_dtype
 from datastore.errors import PlanError
 from datastore.partials import ChunkId, Partials, chunks_within, finished_chunks, grid_index
 from datastore.planning import lay_down, plans_directory
 from datastore.schema import Batch, Plan
-from datastore.stats import WORTH_COMPILING, compile_sums
-from datastore.writebehind import WriteBehind
+from datastore.stats import WORTH_COMPILING
 
 __all__ = ["Progress", "Writer", "create"]
 
@@ -50,6 +51,7 @@ def create(
     part: tuple[int, int] = (1, 1),
     memory: int = 1 << 30,
     threads: int | None = None,
+    processes: int = 0,
 ) -> "Writer":
     """Begin a planned capture, or go on with it where the same plan lies unfinished on disk.
 
@@ -66,6 +68,9 @@ def create(
         it hold up `put`, open ones are put aside on disk. One chunk and one thread are always allowed.
     threads : int, optional
         Threads that compress and write; default the CPUs of this process.
+    processes : int
+        Processes that compress and write instead, for a caller whose own threads must not wait for the interpreter
+        lock. Linux only; each takes some 100 MB beside `memory`.
 
     Raises
     ------
@@ -76,12 +81,14 @@ def create(
     """
     if threads is not None and threads < 1:
         raise PlanError(f"{threads} threads write nothing; give at least 1, or leave it out for one per CPU")
+    if processes < 0 or (processes and threads):
+        raise PlanError(f"{threads} threads and {processes} processes can't write together; give one of them")
     store = Path(path).resolve()
     with storage.enough_room(store, plan.raw_bytes + plan.table_bytes):
         storage.create_root(store)
         directory = lay_down(store, plan)
         storage.check_writable(store, plans_directory(store))
-        return Writer(store, directory, plan, part=part, memory=memory, threads=threads)
+        return Writer(store, directory, plan, part=part, memory=memory, threads=threads, processes=processes)
 
 
 class Writer:
@@ -92,7 +99,15 @@ class Writer:
     """
 
     def __init__(
-        self, store: Path, directory: Path, plan: Plan, *, part: tuple[int, int], memory: int, threads: int | None
+        self,
+        store: Path,
+        directory: Path,
+        plan: Plan,
+        *,
+        part: tuple[int, int],
+        memory: int,
+        threads: int | None,
+        processes: int,
     ) -> None:
         self.plan = plan
         self._store, self._directory, self._group = store, directory, directory / "group"
@@ -100,7 +115,8 @@ class Writer:
         record = parts.acquire(directory / "parts", part, start=self._start, stop=self._stop)
         self._release = weakref.finalize(self, parts.release, record)
         largest = max(plan.chunk_tokens[c.name] * c.width * c.itemsize for c in plan.components)
-        self._workers = max(1, min(threads or len(os.sched_getaffinity(0)), memory // (4 * largest)))
+        asked = processes or threads or len(os.sched_getaffinity(0))
+        self._workers = max(1, min(asked, memory // (4 * largest)))
         self._memory = memory
         self._partials = Partials(directory / "partials", plan, memory=memory // 16)
         self._layer_index = {layer: i for i, layer in enumerate(plan.layers)}
@@ -108,23 +124,30 @@ class Writer:
         self._failure: BaseException | None = None
         self._count = Lock()
         allowance = memory - memory // 16 - 2 * largest * self._workers
+        arena = Arena(largest, max(1, allowance // largest)) if processes else None
         self._assembly = Assembly(
             plan,
             directory / f"spill-{self._start}",
             allowance=allowance,
-            waiting=max(allowance // 8, 2 * largest * self._workers),
+            waiting=max(allowance // (2 if processes else 8), 2 * largest * self._workers),
             check=self._raise_failure,
+            arena=arena,
         )
-        if plan.statistics and self._raw_total() >= WORTH_COMPILING:
-            compile_sums()
         self._total = sum(1 for _ in chunks_within(plan, self.tokens))
-        self._disk, self._behind = os.open(directory, os.O_RDONLY), WriteBehind()
+        self._disk, self._work = os.open(directory, os.O_RDONLY), self._worked(arena)
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="datastore-write")
         try:
             self._take_stock()
         except BaseException:
             self.close()
             raise
+
+    def _worked(self, arena: Arena | None) -> Work:
+        compiled = self.plan.statistics and self._raw_total() >= WORTH_COMPILING
+        if arena is None:
+            return ChunkWork(self._group, self.plan, self._partials, compiled=compiled)
+        directory = self._directory / "partials"
+        return ChunkProcesses(self._group, self.plan, directory, n=self._workers, arena=arena, compiled=compiled)
 
     def _take_stock(self) -> None:
         """Find what earlier processes finished, and remove what they left unfinished or what does not decode."""
@@ -277,11 +300,7 @@ class Writer:
 
     def _write(self, chunk: ChunkId, one: OpenChunk) -> None:
         try:
-            pieces = encode_pieces(one.values, self.plan.codec)
-            array = self._group / chunk.component
-            stored = storage.write_chunk(array, grid_index(chunk), pieces, behind=self._behind)
-            if self.plan.statistics:
-                self._partials.write(chunk, one.values[: one.rows], seal=pieces[-1])
+            stored = self._work.write(chunk, one.values, one.rows)
             with self._count:
                 self._written += 1
                 self._raw_bytes += self._raw(chunk)
@@ -339,9 +358,16 @@ class Writer:
         missing = [c for c in chunks_within(self.plan, self.tokens) if c not in self._taken]
         if missing:
             raise PlanError(self._what_is_missing(missing))
-        combiner = Combiner(self.plan, self._group, self._partials, threads=self._workers, memory=self._memory)
+        combiner = Combiner(
+            self.plan,
+            self._group,
+            self._partials,
+            threads=self._workers,
+            memory=self._memory,
+            cell=self._work.combine,
+        )
         with self._disk_errors():
-            self._behind.drain()
+            self._work.drain()
             storage.sync_files(self._directory, self._disk)
             number = commit_group(self._store, self._directory, combiner, done=self.tokens)
         self.close()
@@ -362,7 +388,7 @@ class Writer:
         """Stop the threads and release the part; what is finished stays for the same plan."""
         if self._release.alive:
             self._pool.shutdown(wait=True)
-            self._behind.close()
+            self._work.close()
             os.close(self._disk)
             storage.remove(self._directory / f"spill-{self._start}")
             self._release()

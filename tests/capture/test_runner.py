@@ -20,7 +20,7 @@ from capture import forward, runner
 from capture.errors import CaptureError, RequestError
 from capture.loading import Loaded, describe, load
 from capture.runner import Tick, carry_out
-from datastore import writer
+from datastore import chunkwork
 from datastore.codec import encode_pieces
 from datastore.dtype import numpy_dtype, upcast
 from datastore.errors import ReadOnlyError
@@ -166,9 +166,32 @@ def test_memory_that_is_used_again_for_the_next_rows_is_not_what_is_written(
         return encode(*args)
 
     monkeypatch.setattr(forward._Rows, "_to_host", through_slab)
-    monkeypatch.setattr(writer, "encode_pieces", slowly)
+    monkeypatch.setattr(chunkwork, "encode_pieces", slowly)
     take(loaded, tmp_path / "staged.zarr", long, batch_tokens=64)
     stored.assert_same(stored.rows(tmp_path / "staged.zarr"), stored.rows(tmp_path / "plain.zarr"))
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_processes_write_the_files_that_threads_write(loaded: Loaded, tmp_path: Path, processes: int) -> None:
+    take(loaded, tmp_path / "threads.zarr", memory=1 << 20)
+    done = take(loaded, tmp_path / "processes.zarr", memory=1 << 20, processes=processes)
+    assert done.captures == [1]
+    stored.assert_same(stored.rows(tmp_path / "processes.zarr"), stored.rows(tmp_path / "threads.zarr"))
+    chunks = sorted((tmp_path / "threads.zarr" / "captures" / "0001").rglob("c/**/*"))
+    for file in (one for one in chunks if one.is_file()):
+        other = tmp_path / "processes.zarr" / file.relative_to(tmp_path / "threads.zarr")
+        assert other.read_bytes() == file.read_bytes()
+
+
+def test_beside_a_gpu_a_process_of_several_takes_its_share_of_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runner._writing_processes() == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    assert runner._writing_processes() == 12
+    for name, value in {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert runner._writing_processes() == 3
 
 
 def test_rollouts_added_later_leave_those_that_are_there(loaded: Loaded, tmp_path: Path) -> None:
