@@ -1,7 +1,8 @@
 """Every block of Python and of shell in README.md and docs/ is run, page by page and in order, in an empty directory.
 
-A page is one reader's session: its Python blocks share their names, its shell blocks the directory. A block that can't
-be run has a reason on the line above its fence: `<!-- no-test: needs a network -->`. Examples in docstrings run too.
+A page is one reader's session: its Python blocks share their names, its shell blocks the directory. A shell block of
+nothing but our own commands is run in this process, any other one by bash. A block that can't be run has a reason on
+the line above its fence: `<!-- no-test: needs a network -->`. Examples in docstrings run too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import doctest
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import house
+from tests import commands, house
 
 RUN = ("python", "bash")
 SHOWN = ("text", "json", "toml", "yaml")  # `text` for output, layouts on disk and the like
@@ -30,6 +32,8 @@ EXAMPLES = [
     if "\n    >>> " in path.read_text(encoding="utf-8")
 ]
 FENCE = re.compile(r"^```(\w*)\s*$")
+OURS = re.compile(rf"python -m (?:{'|'.join(house.PACKAGES)})(?: [^|&;<>$`*?~\\\\]*)?")
+"""A line without anything that only a shell understands."""
 REASON = re.compile(r"<!-- no-test: \S.* -->")
 
 
@@ -64,7 +68,13 @@ def run_python(block: Block, page: Path, names: dict[str, object]) -> None:
 
 
 def run_bash(block: Block, page: Path) -> None:
-    """Run a block as a reader would type it, with this interpreter's commands first on the path."""
+    """Run a block as a reader would type it: bash has this interpreter's commands first on the path."""
+    lines = [line.partition(" #")[0].strip() for line in block.code.splitlines() if line.strip()]
+    if all(map(OURS.fullmatch, lines)):
+        for line in lines:
+            code = commands.here(*shlex.split(line)[2:])
+            assert code == 0, f"{page}:{block.line}: {line} returned {code}"
+        return
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "PYTHONPATH": str(house.ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", block.code], env=env, capture_output=True, text=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import importlib.metadata
 import json
@@ -48,16 +49,17 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
-def loaded(script: str, package: str) -> set[str]:
+@functools.cache
+def loaded(script: str, package: str) -> frozenset[str]:
     """Run a script about a package in a fresh interpreter; return the names of the modules it ended up with."""
     words = [sys.executable, "-c", script, package, house.LEAF]
     done = subprocess.run(words, cwd=house.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = json.loads(done.stdout.splitlines()[-1])
-    return set(names)
+    return frozenset(names)
 
 
-def tops(names: set[str]) -> set[str]:
+def tops(names: frozenset[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 

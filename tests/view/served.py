@@ -9,8 +9,10 @@ import http.client
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
 import numpy as np
+import uvicorn
 from numpy.typing import NDArray
 
 import calibrate
@@ -28,6 +31,7 @@ from datastore.schema import Annotation, Rollout
 from experiments.direction import Direction
 from tests import house
 from tests.datastore import making
+from view.api import create_app
 
 __all__ = [
     "LAYERS",
@@ -38,6 +42,7 @@ __all__ = [
     "directions",
     "exact",
     "given",
+    "inside",
     "process",
     "running",
     "scored_store",
@@ -210,13 +215,22 @@ def running(paths: Sequence[Path], **settings: Any) -> Iterator[Server]:
         started.join()
 
 
+@contextmanager
+def inside(paths: Sequence[Path], **settings: Any) -> Iterator[Server]:
+    """Run `create_app` with settings in a thread of this process."""
+    bound = socket.create_server(("127.0.0.1", 0))
+    app = create_app([datastore.open(path) for path in paths], **settings)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    try:
+        yield Server("127.0.0.1", bound.getsockname()[1])
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
+
+
 def _run(paths: list[Path], settings: dict[str, Any], ready: Connection) -> None:
-    import socket
-
-    import uvicorn
-
-    from view.api import create_app
-
     bound = socket.create_server(("127.0.0.1", 0))
     app = create_app([datastore.open(path) for path in paths], **settings)
     ready.send(bound.getsockname()[1])

@@ -95,7 +95,7 @@ def test_too_much_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     path = served.scored_store(tmp_path / "run.zarr").path
     for chunks in [*path.glob("captures/*/residual/c"), *path.glob("scores/*/score/c")]:
         shutil.rmtree(chunks)
-    with served.running([path], limits=Limits(json_values=200, binary_bytes=2000)) as server:
+    with served.inside([path], limits=Limits(json_values=200, binary_bytes=2000)) as server:
         large = server.get("/slice", rollout="alone")
         assert large.status == 413
         assert "1,776 tokens x layers x dims of 'alone' are 1,776 values, and one answer in JSON holds at most 200" in (
@@ -120,7 +120,7 @@ def test_too_much_is_refused_before_anything_is_read(tmp_path: Path) -> None:
 
 
 def test_a_token_stands_before_everything(store: datastore.Store) -> None:
-    with served.running([store.path], token="sesame ä") as server:
+    with served.inside([store.path], token="sesame ä") as server:
         for path in ("/", "/stores", "/openapi.json", "/zarr/run/zarr.json", "/nowhere"):
             for headers in ({}, {"Authorization": "Bearer sesam"}, {"Authorization": "Basic sesame"}):
                 refused = server.get(path, headers=headers)
@@ -170,7 +170,7 @@ def test_a_path_that_is_no_store_is_one_sentence(tmp_path: Path) -> None:
 
 def test_without_scores_calibration_or_text_the_rest_is_answered(tmp_path: Path) -> None:
     path = served.store_of(tmp_path / "bare.zarr", vocab=None).path
-    with served.running([path]) as server:
+    with served.inside([path]) as server:
         (one,) = server.get("/stores").json["stores"]
         assert (one["directions"], one["calibrations"]) == ([], [])
         asked: dict[str, dict[str, Any]] = {"/scores": {}, "/spans": {"direction": "x"}, "/compare": {"label": "lying"}}
@@ -189,7 +189,7 @@ def test_without_scores_calibration_or_text_the_rest_is_answered(tmp_path: Path)
 
 def test_a_store_is_answered_as_it_is_at_each_request(tmp_path: Path) -> None:
     path = served.store_of(tmp_path / "run.zarr", ROLLOUTS[:2], layers=(1,)).path
-    with served.running([path]) as server:
+    with served.inside([path]) as server:
         assert server.get("/rollouts").json["total"] == 2
         assert server.get("/slice", rollout="alone").status == 404
         making.capture(path, ROLLOUTS[1:], (1, 5))
@@ -218,7 +218,7 @@ def test_a_store_is_answered_as_it_is_at_each_request(tmp_path: Path) -> None:
 def test_results_kept_beside_a_store_are_answered_as_its_own(tmp_path: Path) -> None:
     store = served.store_of(tmp_path / "run.zarr")
     project.scores(store, directions()[:1], out=tmp_path / "results.zarr")
-    with served.running([store.path, tmp_path / "results.zarr"]) as server:
+    with served.inside([store.path, tmp_path / "results.zarr"]) as server:
         (one,) = server.get("/stores").json["stores"]
         assert [d["direction"] for d in one["directions"]] == ["bs/lying@1"]
         assert server.get("/scores", rollout="alone").status == 200

@@ -40,7 +40,7 @@ GOOD: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def described(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     store = served.scored_store(tmp_path_factory.mktemp("schema") / "run.zarr")
-    with served.running([store.path]) as server:
+    with served.inside([store.path]) as server:
         yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 

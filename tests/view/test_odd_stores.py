@@ -2,8 +2,6 @@
 
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,7 @@ import datastore
 import project
 from datastore.labels import add_labels
 from datastore.maintenance import drop
-from tests import house
+from tests import commands
 from tests.view import oracle, stores
 from tests.view.browser import IMAGE, Viewer, becomes, browser, running, same, settled, shows, until, visiting
 
@@ -210,10 +208,13 @@ def test_a_long_rollout_is_drawn_and_zoomed_into(viewer: Viewer, kept: Path) -> 
     assert until(lambda: viewer.page.evaluate("location.search"), lambda q: "token=13990" in q, page=viewer.page)
 
 
+@pytest.mark.filterwarnings("ignore:Widget.name is deprecated:PendingDeprecationWarning")
+@pytest.mark.filterwarnings("ignore:button_type is deprecated:PendingDeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")
 def test_one_file_needs_no_server(served: tuple[Any, str], kept: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     command = ["export", str(kept / "partly.zarr"), "--ids", "g0-honest,g0-lie", "--out", str(out)]
-    assert run(command).returncode == 0
+    assert commands.here("view", *command) == 0
     assert "http://" not in out.read_text(encoding="utf-8").replace("http://www.w3.org", "").split("<script")[0]
     page = served[0].new_page()
     viewer = Viewer(page, out.as_uri())
@@ -233,19 +234,13 @@ def test_one_file_needs_no_server(served: tuple[Any, str], kept: Path, tmp_path:
     page.close()
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run the command line."""
-    return subprocess.run(
-        [sys.executable, "-m", "view", *arguments], cwd=house.ROOT, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_the_command_line_refuses_in_one_sentence(kept: Path, tmp_path: Path) -> None:
+def test_the_command_line_refuses_in_one_sentence(
+    kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = run([str(kept / "plain.zarr"), "--port", port])
-    assert done.returncode == 1
-    assert f"port {port} is taken by another program" in done.stderr
+        assert commands.here("view", kept / "plain.zarr", "--port", port) == 1
+    assert f"port {port} is taken by another program" in capsys.readouterr().err
     cases = {
         ("nowhere.zarr",): (2, "nowhere.zarr does not exist"),
         (str(tmp_path),): (2, "is not an activation store"),
@@ -257,11 +252,11 @@ def test_the_command_line_refuses_in_one_sentence(kept: Path, tmp_path: Path) ->
         ("export", str(kept / "plain.zarr"), "--export", "pdf", "--out", "a"): (2, "'pdf' is not known"),
     }
     for arguments, (code, said) in cases.items():
-        done = run(list(arguments))
-        text = " ".join(done.stderr.split())
-        assert done.returncode == code, text
+        left = commands.here("view", *arguments)
+        text = " ".join(capsys.readouterr().err.split())
+        assert left == code, text
         assert any(one in text for one in said.split("|")), text
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in text
 
 
 def test_a_token_is_asked_for_where_others_can_come(kept: Path) -> None:

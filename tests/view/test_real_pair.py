@@ -5,8 +5,6 @@ computed here from the scores and the token ids.
 """
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 
 import datastore
 import project
-from tests import house
+from tests import commands, house
 from tests.view.browser import Viewer, becomes, browser, running, shows, until, visiting
 
 GAME = house.ROOT / "experiments" / "secret_number" / "data"
@@ -50,8 +48,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> datastore.Store:
     ]
     for step in steps:
         more = ["--layers", "best,best+1,4,5"] if step[0] == "project" else []
-        command = [sys.executable, "-m", *step, *more]
-        subprocess.run(command, cwd=house.ROOT, check=True, capture_output=True, timeout=900)
+        assert commands.here(*step, *more) == 0
     return datastore.open(path)
 
 

@@ -215,7 +215,7 @@ def test_zarr_walks_the_store_without_knowing_its_layout(server: Server, store: 
 
 
 def test_a_reader_with_a_token_gets_in(store: datastore.Store) -> None:
-    with served.running([store.path], token="sesame") as server:
+    with served.inside([store.path], token="sesame") as server:
         with pytest.raises(Exception, match=r"401|Unauthorized|No such file|not found"):
             xr.open_zarr(url(server, "captures/0001"))
         options: dict[str, Any] = {"headers": {"Authorization": "Bearer sesame"}}
