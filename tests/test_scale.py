@@ -144,6 +144,7 @@ def test_jobs_as_slurm_would_get_them(calibrated: datastore.Store, slurm: Path) 
     with SLURMCluster(**asked, scheduler_options={"dashboard": False}) as cluster:
         script = cluster.job_script()
         cluster.scale(jobs=1)
+        wait_for_workers(cluster.scheduler_address, 1)
         with cluster_runner(scheduler=cluster.scheduler_address) as runner:
             found = calibrate.fit(calibrated, runner=runner)
             workers = list(cluster.scheduler_info["workers"].values())
