@@ -133,6 +133,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tools / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("JOBS", str(jobs))
+    monkeypatch.setattr("datastore.cluster.CONNECT_SECONDS", 60)  # a worker of a busy machine may come and go at first
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.chdir(tmp_path)
     return jobs
