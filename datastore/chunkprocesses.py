@@ -119,9 +119,11 @@ class ChunkProcesses:
 
 def _started(*descriptors: int) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        [sys.executable, "-m", "datastore.chunkprocesses", *map(str, (os.getpid(), *descriptors))],
+        # -P: the working directory is on its path only if it is on ours, or a file there could hide a module
+        [sys.executable, "-P", "-m", "datastore.chunkprocesses", *map(str, (os.getpid(), *descriptors))],
         pass_fds=descriptors,
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,  # else whoever reads the caller's output would wait for these processes too
         process_group=0,  # a Ctrl-C at the terminal is the caller's
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),

@@ -87,6 +87,17 @@ def test_a_caller_s_rows_are_its_own_again_and_lent_ones_are_copied(
     assert making.on_disk(path) == by_threads
 
 
+def test_a_file_in_the_working_directory_hides_no_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_threads: dict[str, bytes]
+) -> None:
+    (tmp_path / "zarr.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run.zarr"
+    with datastore.create(path, planned(path), processes=1) as writer:
+        fill_and_commit(writer)
+    assert making.on_disk(path) == by_threads
+
+
 def refused(path: Path, processes: int) -> DatastoreError:
     """What a writer says of an array in whose place a file lies."""
     with datastore.create(path, planned(path), processes=processes) as writer:
