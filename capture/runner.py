@@ -26,9 +26,11 @@ from capture.processes import launched
 from capture.staging import Staging
 from capture.tokenbytes import token_bytes
 from datastore import layout, storage
+from datastore.chunkprocesses import prepare
 from datastore.dtype import upcast
 from datastore.planning import plans_directory
 from datastore.schema import Batch, Codec, Plan, Rollout
+from datastore.stats import WORTH_COMPILING
 from datastore.union import load_union
 from datastore.writer import Writer
 
@@ -139,22 +141,31 @@ def run(
         As `run_batch`.
     """
     table = find_components(model, hook_paths=hook_paths)
-    known = dict(provenance or in_memory_provenance(model, table))
     numbers = parse_layers(layers, table.n_layers) if isinstance(layers, str) else tuple(layers)
-    used = sorted({int(i) for r in rollouts for i in np.unique(r.computed_ids)})
+    specs = table.specs(components, numbers)
+    helping = options.get("processes")
+    if helping or (helping is None and _writing_processes()):
+        rows = sum(r.n_tokens for r in rollouts) * len(numbers) * sum(c.width * c.itemsize for c in specs)
+        prepare(compiled=rows >= WORTH_COMPILING)
+    known = dict(provenance or in_memory_provenance(model, table))
     plans = datastore.plan(
         store,
         rollouts,
         layers=numbers,
-        components=table.specs(components, numbers),
+        components=specs,
         provenance=known,
         batch_tokens=batch_tokens or auto_batch_tokens(model.config, next(model.parameters()).device),
         codec=codec,
         most_tokens=most_tokens,
-        vocab=token_bytes(tokenizer, used) if tokenizer is not None else {},
+        vocab=token_bytes(tokenizer, _ids_used(rollouts)) if tokenizer is not None else {},
         replace=replace,
     )
     return carry_out(plans, store, source=lambda: (model, table), environment=known.get("environment"), **options)
+
+
+def _ids_used(rollouts: Sequence[Rollout]) -> list[int]:
+    found: list[int] = np.unique(np.concatenate([np.unique(r.computed_ids) for r in rollouts])).tolist()
+    return found
 
 
 def in_memory_provenance(model: nn.Module, table: ComponentTable) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _query(table: "pd.DataFrame", where: str) -> "pd.DataFrame":
             "\"label == 'fabrication' and n_tokens > 500\""
         ) from error
     if not isinstance(keep, pd.Series) or keep.dtype != bool:
-        raise MisuseError(f"--where {where!r} is not a condition on each rollout; write it like \"n_tokens > 500\"")
+        raise MisuseError(f'--where {where!r} is not a condition on each rollout; write it like "n_tokens > 500"')
     return table[keep]
 
 

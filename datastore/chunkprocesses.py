@@ -5,8 +5,9 @@ operation of the model: beside sixteen threads that write, launching the model's
 thread of the caller only waits for a process, and the rows are in memory that both map.
 
 One process is started, and once it has imported what is needed it forks the others: the caller itself must not be
-forked, for it holds threads and a GPU. All end by themselves when the caller does, at the latest after the chunk that
-they are at: the same bits as whoever goes on would write, under a name that is given only to what is whole.
+forked, for it holds threads and a GPU. `prepare` starts it beforehand, for importing takes one or two seconds. All
+end by themselves when the caller does, at the latest after the chunk that they are at: the same bits as whoever goes on
+would write, under a name that is given only to what is whole.
 """
 
 import os
@@ -27,18 +28,21 @@ from numpy.typing import NDArray
 
 from datastore.arena import Arena, mapped, memory_file
 from datastore.chunkwork import ChunkWork
-from datastore.commit import Counted
+from datastore.combine import Counted, StatsPiece
 from datastore.dtype import numpy_dtype
 from datastore.errors import DatastoreError
 from datastore.partials import ChunkId, Partials
 from datastore.schema import Plan
+from datastore.stats import compile_sums
 
-__all__ = ["ChunkProcesses"]
+__all__ = ["ChunkProcesses", "prepare"]
 
 _LOOK = 5.0
 """Seconds after which who is asked nothing looks whether who started it is still there."""
 _NICER = 5
 """Below the caller, which must get its turn at once, and as much of the processors as it leaves."""
+_MOST_DESCRIPTORS = 200
+"""In one message; the system allows 253."""
 _KILLED = 128
 """Added to the signal that ended a process to tell of it in an exit code."""
 
@@ -68,8 +72,9 @@ class ChunkProcesses:
         for connection in self._all:
             self._idle.put(connection)
         told = memory_file("datastore-plan", pickle.dumps((group, plan, partials, compiled)))
+        self._first = _First.take()
         try:
-            self._child = _started(told, arena.descriptor, *(theirs.fileno() for _, theirs in pairs))
+            self._first.begin(told, arena.descriptor, *(theirs.fileno() for _, theirs in pairs))
         finally:
             os.close(told)
             for _, theirs in pairs:
@@ -79,21 +84,26 @@ class ChunkProcesses:
         """As `Work.write`."""
         return int(self._ask("write", chunk, self._arena.offset(values), rows))
 
-    def combine(self, component: str, layer_index: int) -> Counted:
+    def combine(self, piece: StatsPiece) -> Counted:
         """As `Work.combine`."""
-        counted: Counted = self._ask("combine", component, layer_index)
+        counted: Counted = self._ask("combine", piece)
         return counted
 
     def drain(self) -> None:
         """As `Work.drain`."""
-        for connection in self._all:
-            self._answer(connection, "drain")
+        taken = [self._idle.get() for _ in self._all]  # whoever combines ends before
+        try:
+            for connection in taken:
+                self._answer(connection, "drain")
+        finally:
+            for connection in taken:
+                self._idle.put(connection)
 
     def close(self) -> None:
         """As `Work.close`."""
         for connection in self._all:
             connection.close()
-        self._child.wait()
+        self._first.wait()
         self._arena.close()
 
     def _ask(self, *asked: Any) -> Any:
@@ -109,7 +119,7 @@ class ChunkProcesses:
             good, answer = connection.recv()
         except (EOFError, OSError) as error:
             raise DatastoreError(
-                f"a process that compresses and writes chunks {_how_it_ended(self._child.wait())}; what is finished is "
+                f"a process that compresses and writes chunks {_how_it_ended(self._first.wait())}; what is finished is "
                 "kept, run the same command again to go on"
             ) from error
         if good:
@@ -117,17 +127,55 @@ class ChunkProcesses:
         raise answer
 
 
-def _started(*descriptors: int) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        # -P: the working directory is on its path only if it is on ours, or a file there could hide a module
-        [sys.executable, "-P", "-m", "datastore.chunkprocesses", *map(str, (os.getpid(), *descriptors))],
-        pass_fds=descriptors,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,  # else whoever reads the caller's output would wait for these processes too
-        process_group=0,  # a Ctrl-C at the terminal is the caller's
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
-    )
+def prepare(*, compiled: bool) -> None:
+    """Start importing, and compiling, for the next `ChunkProcesses` while something else takes time."""
+    _First.spare = _First.spare or _First(compiled=compiled)
+
+
+class _First:
+    """The process that imports, and forks the others once it is told of a plan; it ends when this process does.
+
+    Attributes
+    ----------
+    spare : _First or None
+        One that is prepared and knows of no plan.
+    """
+
+    spare: "_First | None" = None
+
+    def __init__(self, *, compiled: bool = False) -> None:
+        self._socket, theirs = socket.socketpair()
+        given = str(os.getpid()), str(theirs.fileno()), str(int(compiled))
+        with theirs:
+            self._process = subprocess.Popen(
+                # -P: the working directory is on its path only if it is on ours, or a file there could hide a module
+                [sys.executable, "-P", "-m", "datastore.chunkprocesses", *given],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # else whoever reads the caller's output would wait for these processes too
+                process_group=0,  # a Ctrl-C at the terminal is the caller's
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+                | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+            )
+
+    @classmethod
+    def take(cls) -> "_First":
+        """Return the one that is prepared, if it lives, or a new one."""
+        spare, cls.spare = cls.spare, None
+        if spare is not None and spare._process.poll() is not None:
+            spare._socket.close()
+            spare = None
+        return spare or cls()
+
+    def begin(self, *descriptors: int) -> None:
+        """Have it fork: the plan's descriptor, the memory's, and a socket for each process."""
+        with self._socket, suppress(BrokenPipeError):  # whoever asks the processes is told how it ended
+            for at in range(0, len(descriptors), _MOST_DESCRIPTORS):
+                socket.send_fds(self._socket, [b"."], descriptors[at : at + _MOST_DESCRIPTORS])
+
+    def wait(self) -> int:
+        """Return its exit code."""
+        return self._process.wait()
 
 
 def _how_it_ended(code: int) -> str:
@@ -142,9 +190,15 @@ def _how_it_ended(code: int) -> str:
 
 def main() -> NoReturn:
     """Import and read what all need, fork a process for each socket, and wait for them."""
-    caller, told, arena, *sockets = (int(given) for given in sys.argv[1:])
+    caller, control, compiled_soon = (int(given) for given in sys.argv[1:])
     with suppress(OSError):
         os.nice(_NICER)
+    if compiled_soon:
+        compile_sums()
+    descriptors = _descriptors(control)
+    if not descriptors:
+        os._exit(0)  # nobody needed it
+    told, arena, *sockets = descriptors
     with open(told, "rb") as file:
         group, plan, partials, compiled = pickle.load(file)
     work, memory = ChunkWork(group, plan, Partials(partials, plan), compiled=compiled), mapped(arena)
@@ -160,6 +214,17 @@ def main() -> NoReturn:
         os.close(one)
         children.add(child)
     _wait_for(children, caller)
+
+
+def _descriptors(control: int) -> list[int]:
+    """Receive descriptors until the other end is closed."""
+    found: list[int] = []
+    with socket.socket(fileno=control) as asked:
+        while True:
+            message, some, _, _ = socket.recv_fds(asked, 1, _MOST_DESCRIPTORS)
+            if not message:
+                return found
+            found += some
 
 
 def _wait_for(children: set[int], caller: int) -> NoReturn:

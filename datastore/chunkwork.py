@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from datastore import storage
 from datastore.codec import encode_pieces
-from datastore.commit import Combiner, Counted
+from datastore.combine import Combiner, Counted, StatsPiece
 from datastore.partials import ChunkId, Partials, grid_index
 from datastore.schema import Plan
 from datastore.stats import compile_sums
@@ -22,11 +22,11 @@ class Work(Protocol):
     def write(self, chunk: ChunkId, values: NDArray[Any], rows: int) -> int:
         """Write a chunk, of whose values so many rows count, and its statistics; return its bytes on disk."""
 
-    def combine(self, component: str, layer_index: int) -> Counted:
-        """Write the statistics of a layer from those of its chunks, as `Combiner.combine_cell`."""
+    def combine(self, piece: StatsPiece) -> Counted:
+        """Write a piece of the statistics, as `Combiner.combine`."""
 
     def drain(self) -> None:
-        """Wait until the disk has what was written, or raise that it could not take it; nobody asks meanwhile."""
+        """Wait until the disk has what was written, or raise that it could not take it; nobody writes meanwhile."""
 
     def close(self) -> None:
         """Let go of files and processes."""
@@ -60,9 +60,9 @@ class ChunkWork:
             self._partials.write(chunk, values[:rows], seal=bytes(pieces[-1]))
         return stored
 
-    def combine(self, component: str, layer_index: int) -> Counted:
+    def combine(self, piece: StatsPiece) -> Counted:
         """As `Work.combine`."""
-        return self._combiner.combine_cell(component, layer_index)
+        return self._combiner.combine(piece)
 
     def drain(self) -> None:
         """As `Work.drain`."""

@@ -94,7 +94,8 @@ def finished_chunks(group: Path, plan: Plan, tokens: tuple[int, int], *, threads
     Temporary files that killed processes left beside them are deleted: a range has one living holder.
     """
     found = []
-    for chunk in chunks_within(plan, tokens):
+    begun = {one.name for one in plan.components if (group / one.name / "c").is_dir()}
+    for chunk in chunks_within(plan, tokens) if begun else ():
         file = storage.chunk_file(group / chunk.component, grid_index(chunk))
         storage.clear_leftovers(file.parent)
         if file.exists():
@@ -158,7 +159,7 @@ class Partials:
     def read(self, group: Path, chunk: ChunkId) -> MomentsTable:
         """Return the statistics of a chunk, computed again where they are missing or not of its bits."""
         with self._lock:
-            kept = self._kept.pop(chunk, None)
+            kept = self._kept.get(chunk)
         if kept is not None:
             return kept
         file = storage.chunk_file(group / chunk.component, grid_index(chunk))
@@ -173,6 +174,14 @@ class Partials:
         values, encoded = read_chunk(group, self._plan, chunk)
         return self.write(chunk, values, seal=encoded[-SEAL:])
 
+    def clear(self) -> None:
+        """Delete the files of all chunks, which are added up; where one is asked for again, it is computed again."""
+        layers = range(len(self._plan.layers))
+        with ThreadPoolExecutor(8) as pool:  # a directory is emptied file by file, several at once
+            list(
+                pool.map(_empty, [self._directory / one.name / str(i) for one in self._plan.components for i in layers])
+            )
+
     def note(self, key: str, value: Any) -> None:
         """Keep a note of this process beside the plan."""
         with self._lock:
@@ -186,3 +195,9 @@ class Partials:
             for key, values in json.loads(file.read_text()).items():
                 merged.setdefault(key, set()).update(json.dumps(v, sort_keys=True) for v in values)
         return {key: [json.loads(v) for v in sorted(values)] for key, values in sorted(merged.items())}
+
+
+def _empty(directory: Path) -> None:
+    """Delete the files of a directory, which stays: a process that is too late must not bring it back."""
+    for file in directory.iterdir():
+        file.unlink(missing_ok=True)

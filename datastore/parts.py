@@ -190,10 +190,11 @@ def _done(directory: Path) -> Iterator[tuple[Path, int, int]]:
             yield file, int(start), int(stop)
 
 
-def unfinished(directory: Path, n_tokens: int) -> list[tuple[int, int]]:
-    """Return the token ranges that no part has finished, ascending; empty when all parts are done."""
+def unfinished(directory: Path, n_tokens: int, *, besides: tuple[int, int] | None = None) -> list[tuple[int, int]]:
+    """Return the token ranges that no part has finished, ascending; those `besides` count as finished."""
     gaps, at = [], 0
-    for start, stop in sorted((low, high) for _, low, high in _done(directory)):
+    finished = {(low, high) for _, low, high in _done(directory)} | ({besides} if besides else set())
+    for start, stop in sorted(finished):
         if start > at:
             gaps.append((at, start))
         at = max(at, stop)

@@ -586,7 +586,7 @@ def put_away(paths: Sequence[Path]) -> list[Path]:
 def chunk_size(array: Path, index: Sequence[int]) -> int:
     """Return the stored bytes of a chunk, 0 where it is not there."""
     try:
-        return chunk_file(array, index).stat().st_size
+        return os.stat(f"{array}/c/{'/'.join(map(str, index))}").st_size  # a commit asks for thousands
     except FileNotFoundError:
         return 0
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -22,7 +23,8 @@ from datastore.arena import Arena
 from datastore.assembly import Assembly, OpenChunk, bits
 from datastore.chunkprocesses import ChunkProcesses
 from datastore.chunkwork import ChunkWork, Work
-from datastore.commit import Combiner, commit_group
+from datastore.combine import Combiner, Pending
+from datastore.commit import commit_group
 from datastore.dtype import numpy_dtype
 from datastore.errors import PlanError
 from datastore.partials import ChunkId, Partials, chunks_within, finished_chunks, grid_index
@@ -117,7 +119,6 @@ class Writer:
         largest = max(plan.chunk_tokens[c.name] * c.width * c.itemsize for c in plan.components)
         asked = processes or threads or len(os.sched_getaffinity(0))
         self._workers = max(1, min(asked, memory // (4 * largest)))
-        self._memory = memory
         self._partials = Partials(directory / "partials", plan, memory=memory // 16)
         self._layer_index = {layer: i for i, layer in enumerate(plan.layers)}
         self._dtypes = {c.name: numpy_dtype(c.dtype) for c in plan.components}
@@ -135,6 +136,8 @@ class Writer:
         )
         self._total = sum(1 for _ in chunks_within(plan, self.tokens))
         self._disk, self._work = os.open(directory, os.O_RDONLY), self._worked(arena)
+        combiner = Combiner(plan, self._group, self._partials)
+        self._pending = Pending(combiner, self._work.combine, threads=self._workers, memory=memory)
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="datastore-write")
         try:
             self._take_stock()
@@ -165,6 +168,8 @@ class Writer:
         self._written = len(whole)
         self._raw_bytes = sum(self._raw(chunk) for chunk in whole)
         self._stored_bytes = sum(whole.values())
+        if self.plan.statistics:
+            self._pending.expect(chunk for chunk in chunks_within(self.plan, self.tokens) if chunk not in whole)
 
     # -- what is to do ---------------------------------------------------------------------------------------------
 
@@ -305,6 +310,7 @@ class Writer:
                 self._written += 1
                 self._raw_bytes += self._raw(chunk)
                 self._stored_bytes += stored
+            self._pending.written(chunk, self._pool)
         except BaseException as error:
             self._failure = self._failure or error
         finally:
@@ -358,18 +364,10 @@ class Writer:
         missing = [c for c in chunks_within(self.plan, self.tokens) if c not in self._taken]
         if missing:
             raise PlanError(self._what_is_missing(missing))
-        combiner = Combiner(
-            self.plan,
-            self._group,
-            self._partials,
-            threads=self._workers,
-            memory=self._memory,
-            cell=self._work.combine,
-        )
         with self._disk_errors():
             self._work.drain()
-            storage.sync_files(self._directory, self._disk)
-            number = commit_group(self._store, self._directory, combiner, done=self.tokens)
+            sync = partial(storage.sync_files, self._directory, self._disk)
+            number = commit_group(self._store, self._directory, self._pending, done=self.tokens, sync=sync)
         self.close()
         return number
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 import datastore
+from datastore.chunkprocesses import prepare
 from datastore.errors import DatastoreError, PlanError
 from datastore.planning import laid_down
 from datastore.schema import Plan
@@ -208,3 +209,42 @@ def test_a_writer_that_is_left_leaves_no_process(tmp_path: Path) -> None:
     assert until(lambda: len(workers()) == 4)
     writer.close()
     assert until(lambda: not workers())
+
+
+def test_a_process_that_is_prepared_is_the_next_writer_s(tmp_path: Path, by_threads: dict[str, bytes]) -> None:
+    prepare(compiled=True)
+    prepare(compiled=True)
+    (first,) = workers()
+    path = tmp_path / "run.zarr"
+    with datastore.create(path, planned(path), processes=2) as writer:
+        assert until(lambda: len(workers()) == 3)
+        assert first in workers()
+        fill_and_commit(writer)
+    assert making.on_disk(path) == by_threads
+    assert until(lambda: not workers())
+
+
+def test_a_prepared_process_that_was_killed_is_replaced(tmp_path: Path, by_threads: dict[str, bytes]) -> None:
+    prepare(compiled=False)
+    (first,) = workers()
+    first.kill()
+    assert until(lambda: not workers())
+    path = tmp_path / "run.zarr"
+    with datastore.create(path, planned(path), processes=1) as writer:
+        fill_and_commit(writer)
+    assert making.on_disk(path) == by_threads
+
+
+UNUSED = """
+from datastore import chunkprocesses
+
+chunkprocesses.prepare(compiled=False)
+print(chunkprocesses._First.spare._process.pid, flush=True)
+"""
+
+
+def test_a_prepared_process_that_nobody_needs_ends_with_its_caller() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run([sys.executable, "-c", UNUSED], env=environment, capture_output=True, text=True, check=True)
+    assert until(lambda: not psutil.pid_exists(int(said.stdout)))
+    assert said.stderr == ""

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,32 @@ def test_a_commit_that_was_killed_is_done_again(tmp_path: Path) -> None:
         assert writer.todo() == []
         assert writer.commit() == 1
     assert making.on_disk(path) == committed == making.on_disk(tmp_path / "one" / "run.zarr")
+
+
+def test_statistics_are_combined_while_later_rows_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a rollout to each chunk of the sums, those of the first one are there before the last one's rows."""
+    monkeypatch.setattr(capture_group, "STATS_ROW_BYTES", 1)
+    early, late = tmp_path / "early" / "run.zarr", tmp_path / "late" / "run.zarr"
+    (plan,) = making.plans(early, making.rollouts(700, 690, 1400), components=NARROW)
+    assert plan.stats_level == "rollout"
+    sums = plans_directory(early) / plan.key / "group" / "stats" / "residual" / "sum" / "c"
+    with datastore.create(early, plan) as writer:
+        rows = sorted(making.rows_of(plan), key=lambda one: plan.rows[one[2].rollout_id])
+        for spec, layer, one in rows[: -len(rows) // 3]:
+            writer.put(spec.name, layer, one.rollout_id, making.values(spec, layer, one))
+        end = time.monotonic() + 60
+        while not (sums / "0" / "0" / "0" / "0").exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert not (sums / "2").exists()
+        making.fill(writer)
+        assert writer.commit() == 1
+    (plan,) = making.plans(late, making.rollouts(700, 690, 1400), components=NARROW)
+    with datastore.create(late, plan) as writer:
+        making.fill(writer)
+    with datastore.create(late, plan) as writer:  # which has written no chunk, and combines all at the end
+        assert writer.commit() == 1
+    assert making.on_disk(early) == making.on_disk(late)
 
 
 def test_a_finished_chunk_that_is_lost_is_filled_again(path: Path) -> None:
