@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,17 @@ from capture.components import ComponentTable, find_components
 from capture.forward import _Rows, run_batch
 from capture.staging import Staging
 from datastore.assembly import bits
+from datastore.chunkprocesses import prepare
 from datastore.codec import encode, encode_pieces
-from datastore.schema import Plan, Rollout
+from datastore.schema import Codec, Plan, Rollout
 
 __all__ = ["budget", "captures", "copies", "make_llama"]
 
 PROVENANCE = {"model": {"name": "random-llama"}}
 MEMORY = 8 << 30
+WARM_BATCHES = 3
+PREPARING = 2.0
+"""Seconds that the writing processes may import before a capture begins."""
 
 
 def make_llama(sizes: Sizes, device: torch.device, **changes: Any) -> Any:
@@ -137,8 +142,16 @@ def _one(
     batches: int,
 ) -> tuple[list[Row], str]:
     rollouts = make_rollouts(sizes, batches)
+    run = partial(capture.run, model, None, layers=layers, provenance=PROVENANCE, batch_tokens=sizes.batch_tokens)
+    few = make_rollouts(sizes, min(batches, WARM_BATCHES))
+    _bare(model, few, sizes.batch_tokens, device)()
+    run(few, root / "warm.zarr", memory=MEMORY)
+    shutil.rmtree(root / "warm.zarr")
+    values = _some_rows(model, table, rollouts[0], layers)
+    chunks = _chunks(rollouts, table, layers, values=values)
+    codec = _plan(root / "none.zarr", rollouts, table, layers, sizes.batch_tokens).codec
     bare = _bare(model, rollouts, sizes.batch_tokens, device)
-    seconds = _seconds(sizes, root, bare, model=model, table=table, layers=layers, rollouts=rollouts)
+    seconds = _seconds(sizes, root, bare, captured=partial(run, rollouts, memory=MEMORY), chunks=chunks, codec=codec)
     tokens = sum(r.n_tokens for r in rollouts)
     speed = {name: tokens / s for name, s in seconds.items()}
     target = 0.8 if len(layers) == table.n_layers else 0.95
@@ -173,32 +186,26 @@ def _seconds(
     root: Path,
     bare: Callable[[], None],
     *,
-    model: Any,
-    table: ComponentTable,
-    layers: Sequence[int],
-    rollouts: Sequence[Rollout],
+    captured: Callable[[Path], object],
+    chunks: Sequence[Any],
+    codec: Codec,
 ) -> dict[str, float]:
     """Median seconds of the bare forward, of a whole capture, and of writing as many rows without a model."""
-    values = _some_rows(model, table, rollouts[0], layers)
-    stores = iter(root / f"{len(layers)}-{i}.zarr" for i in range(100))
+    stores = iter(root / f"{len(chunks)}-{i}.zarr" for i in range(100))
     last = root / "none"
-    options: dict[str, Any] = {"layers": layers, "provenance": PROVENANCE, "batch_tokens": sizes.batch_tokens}
+    bodies = {key: encode(one, codec) for key, one in {id(one): one for one in chunks}.items()}
 
-    def captured() -> None:
+    def capture_all() -> None:
         nonlocal last
         last = next(stores)
-        capture.run(model, None, rollouts, last, memory=MEMORY, **options)
+        captured(last)
 
     def clear() -> None:
         shutil.rmtree(last, ignore_errors=True)
         os.sync()
-
-    for task in (bare, captured):
-        clear()
-        task()
-    chunks = _chunks(rollouts, table, layers, values=values)
-    codec = _plan(root / "none.zarr", rollouts, table, layers, sizes.batch_tokens).codec
-    bodies = {id(one): encode(one, codec) for one in chunks}
+        if torch.cuda.is_available():
+            prepare(compiled=True)  # which loading a model hides
+            time.sleep(PREPARING)
 
     def encoded() -> None:
         _in_threads(lambda one: encode_pieces(one, codec)[1], chunks)
@@ -209,7 +216,7 @@ def _seconds(
         last.mkdir()
         _in_threads(lambda i: _write_synced(last / str(i), bodies[id(chunks[i])]), range(len(chunks)))
 
-    tasks = {"bare": bare, "captured": captured, "encoded": encoded, "disk": disk}
+    tasks = {"bare": bare, "captured": capture_all, "encoded": encoded, "disk": disk}
     seconds = alternate(tasks, rounds=min(2, sizes.rounds), before=clear)
     clear()
     return seconds

@@ -64,7 +64,7 @@ FULL = Sizes(
     },
     batch_tokens=16_384,
     rollout_tokens=2048,
-    batches={1: 12, 9: 24, 0: 4},
+    batches={1: 12, 9: 48, 0: 6},
     copy_layers=32,
     kimi={
         **_LATENT,
