@@ -1,9 +1,6 @@
 """The capture command as tests use it: in this process for speed, as a process of its own where it is killed."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +10,8 @@ import pytest
 
 from capture.commands import app
 from datastore import console
-from tests.house import ROOT
+from tests import forked
+from tests.forked import Forked
 
 
 class Result(NamedTuple):
@@ -48,19 +46,12 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> Result:
     return Result(code, out, err)
 
 
-def start(*words: object) -> subprocess.Popen[str]:
+def start(*words: object, **environ: str) -> Forked:
     """Start `python -m capture` with these words as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "capture", *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return forked.start("capture", *words, **environ)
 
 
-def wait_for(found: Callable[[], bool], process: subprocess.Popen[str], *, seconds: float = 120) -> None:
+def wait_for(found: Callable[[], bool], process: Forked, *, seconds: float = 120) -> None:
     """Wait until something is there that a running process makes."""
     end = time.monotonic() + seconds
     while not found():

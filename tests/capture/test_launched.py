@@ -1,9 +1,6 @@
 """The parts that launchers hand out: what their variables mean, and four real processes of which some are killed."""
 
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from capture.processes import Launched, launched
 from tests import kimi
 from tests.capture import cli, served, stored
 from tests.capture.cli import Command, command
-from tests.house import ROOT
+from tests.forked import Forked
 
 __all__ = ["command"]
 
@@ -71,17 +68,10 @@ def test_a_device_that_was_asked_for_stays() -> None:
     assert Launched(by="SLURM", part=(2, 4), local=1, neighbours=1).device("auto") == "auto"
 
 
-def start(tree: Path, store: Path, rank: int) -> "subprocess.Popen[str]":
+def start(tree: Path, store: Path, rank: int) -> Forked:
     """Start one process as torchrun starts it."""
     words = ["--experiment", tree, "--prompt-set", served.PROMPT_SET, "--store", store, *WORDS]
-    return subprocess.Popen(
-        [sys.executable, "-m", "capture", *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(N), "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return cli.start(*words, RANK=str(rank), WORLD_SIZE=str(N))
 
 
 def test_four_processes_of_which_two_are_killed_and_run_again_alone(command: Command, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Captures as processes of their own: parts side by side, two at once, the same part twice, Ctrl-C."""
 
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from tests.capture import cli, stored
 from tests.capture.cli import Command
 from tests.capture.stories import command, worded
+from tests.forked import Forked
 
 __all__ = ["command"]
 
@@ -21,9 +21,9 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "run.zarr"
 
 
-def finished(process: "subprocess.Popen[str]") -> cli.Result:
+def finished(process: Forked) -> cli.Result:
     out, err = process.communicate(timeout=200)
-    return cli.Result(process.returncode, out, err)
+    return cli.Result(process.wait(), out, err)
 
 
 def test_parts_side_by_side_make_the_store_that_one_process_makes(
