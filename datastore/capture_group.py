@@ -16,7 +16,7 @@ from datastore.schema import ROLES, SEGMENTS, STATISTICS, LabelValue, Plan
 __all__ = ["build_group", "hidden_axis", "label_array", "label_file"]
 
 STATS_ROW_BYTES = 2 << 20
-"""Bytes a chunk of one statistic, which is as many rollouts; a commit holds about eight times as much per thread."""
+"""Bytes a chunk of one statistic, which is as many rollouts; who combines one holds about eight times as much."""
 
 
 def build_group(path: Path, plan: Plan, *, created: str) -> None:

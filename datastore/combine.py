@@ -24,9 +24,11 @@ from datastore.plainfile import shape_of
 from datastore.schema import SEGMENTS, STATISTICS, Codec, Plan
 from datastore.stats import Key, Moments
 
-__all__ = ["Combiner", "Counted", "Pending", "StatsPiece"]
+__all__ = ["PIECE_BYTES", "Combiner", "Counted", "Pending", "StatsPiece"]
 
 NAMED_NONFINITE = 20
+PIECE_BYTES = 8 * STATS_ROW_BYTES
+"""What combining a piece holds: its sums of seven kinds, and one of them as it is compressed."""
 
 
 class StatsPiece(NamedTuple):
@@ -175,7 +177,7 @@ class Pending:
         self, combiner: Combiner, combine: Callable[[StatsPiece], Counted], *, threads: int, memory: int
     ) -> None:
         self.combiner, self._combine = combiner, combine
-        self._threads = max(1, min(threads, memory // (8 * STATS_ROW_BYTES)))
+        self._threads = max(1, min(threads, memory // PIECE_BYTES))
         self._begun: dict[StatsPiece, Future[Counted]] = {}
         self._left: dict[StatsPiece, int] = {}
         self._users: dict[str, dict[int, list[tuple[bool, int]]]] = {}

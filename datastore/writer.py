@@ -23,7 +23,7 @@ from datastore.arena import Arena
 from datastore.assembly import Assembly, OpenChunk, bits
 from datastore.chunkprocesses import ChunkProcesses
 from datastore.chunkwork import ChunkWork, Work
-from datastore.combine import Combiner, Pending
+from datastore.combine import PIECE_BYTES, Combiner, Pending
 from datastore.commit import commit_group
 from datastore.dtype import numpy_dtype
 from datastore.errors import PlanError
@@ -124,7 +124,9 @@ class Writer:
         self._dtypes = {c.name: numpy_dtype(c.dtype) for c in plan.components}
         self._failure: BaseException | None = None
         self._count = Lock()
-        allowance = memory - memory // 16 - 2 * largest * self._workers
+        early = plan.statistics and self._workers * PIECE_BYTES <= memory // 2
+        each = max(2 * largest, PIECE_BYTES) if early else 2 * largest
+        allowance = memory - memory // 16 - each * self._workers
         arena = Arena(largest, max(1, allowance // largest)) if processes else None
         self._assembly = Assembly(
             plan,
@@ -140,7 +142,7 @@ class Writer:
         self._pending = Pending(combiner, self._work.combine, threads=self._workers, memory=memory)
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="datastore-write")
         try:
-            self._take_stock()
+            self._take_stock(early=early)
         except BaseException:
             self.close()
             raise
@@ -152,7 +154,7 @@ class Writer:
         directory = self._directory / "partials"
         return ChunkProcesses(self._group, self.plan, directory, n=self._workers, arena=arena, compiled=compiled)
 
-    def _take_stock(self) -> None:
+    def _take_stock(self, *, early: bool) -> None:
         """Find what earlier processes finished, and remove what they left unfinished or what does not decode."""
         for spilled in self._directory.glob("spill-*"):
             if self._start <= int(spilled.name.removeprefix("spill-")) < self._stop:
@@ -168,7 +170,7 @@ class Writer:
         self._written = len(whole)
         self._raw_bytes = sum(self._raw(chunk) for chunk in whole)
         self._stored_bytes = sum(whole.values())
-        if self.plan.statistics:
+        if early:
             self._pending.expect(chunk for chunk in chunks_within(self.plan, self.tokens) if chunk not in whole)
 
     # -- what is to do ---------------------------------------------------------------------------------------------
