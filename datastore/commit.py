@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from datastore import layout, parts, storage
 from datastore.combine import Pending
@@ -58,9 +59,12 @@ def commit_group(
             seen = storage.numbered(store / "captures")
             if not plan.replace:
                 load_union(store).refuse_conflicts(plan.rollouts, plan.provenance, store=store)
-            _complete(directory, pending, stored=_stored_bytes(directory, plan, done=done, sync=sync))
+            stored = _stored_bytes(directory, plan, done=done, sync=sync)
+            counted = pending.finish() if plan.statistics else {}
+            _clear_leftovers(group, plan)
             pending.combiner.partials.clear()
             sync()
+            _describe(group, counted | {"stored_bytes": stored}, notes=pending.combiner.partials.notes())
             with parts.changing(store):
                 if not plan.replace and storage.numbered(store / "captures") != seen:
                     load_union(store).refuse_conflicts(plan.rollouts, plan.provenance, store=store)
@@ -76,18 +80,13 @@ def commit_group(
     return number
 
 
-def _complete(directory: Path, pending: Pending, *, stored: dict[str, int]) -> None:
-    group, plan = directory / "group", pending.combiner.plan
-    attrs = storage.attributes(group)
-    if plan.statistics:
-        attrs |= pending.finish()
-    _clear_leftovers(group, plan)
-    notes = pending.combiner.partials.notes()
+def _describe(group: Path, found: dict[str, Any], *, notes: dict[str, list[Any]]) -> None:
+    """Write what the group's metadata says at the end; a power cut leaves the old or the new, never an empty file."""
+    attrs = storage.attributes(group) | found
     if notes:
         attrs["provenance"] = attrs["provenance"] | {"notes": notes}
-    attrs["stored_bytes"] = stored
-    storage.set_attributes(group, attrs)
-    storage.consolidate(group)
+    storage.set_attributes(group, attrs, durable=True)
+    storage.consolidate(group, durable=True)
 
 
 def _stored_bytes(directory: Path, plan: Plan, *, done: tuple[int, int], sync: Callable[[], None]) -> dict[str, int]:

@@ -177,11 +177,11 @@ def create_group(path: Path, attrs: Mapping[str, Any]) -> None:
 
 
 @named
-def set_attributes(path: Path, attrs: Mapping[str, Any]) -> None:
+def set_attributes(path: Path, attrs: Mapping[str, Any], *, durable: bool = False) -> None:
     """Replace the attributes of a group or array that no reader can see yet."""
     file = path / "zarr.json"
     meta = json.loads(file.read_text())
-    write_atomic(file, json.dumps(meta | {"attributes": dict(attrs)}, indent=2).encode())
+    write_atomic(file, json.dumps(meta | {"attributes": dict(attrs)}, indent=2).encode(), durable=durable)
 
 
 def attributes(path: Path) -> dict[str, Any]:
@@ -479,9 +479,9 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
 
 
 @named
-def consolidate(path: Path) -> None:
+def consolidate(path: Path, *, durable: bool = False) -> None:
     """Write the consolidated metadata of a group that is complete."""
-    write_atomic(path / "zarr.json", json.dumps(consolidated(path), indent=2).encode())
+    write_atomic(path / "zarr.json", json.dumps(consolidated(path), indent=2).encode(), durable=durable)
 
 
 def sync_files(path: Path, descriptor: int | None = None) -> None:
