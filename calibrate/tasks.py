@@ -181,13 +181,14 @@ class Summing:
 
     def kept(self, rows: Sequence[int], moments: Moments) -> None:
         """Find all that the moments (row, segment, hidden) of some rows give, and pool them."""
-        for i, row in enumerate(rows):
-            both = moments[i]
-            alignment = mean_alignment(*_directions(both))
-            self.into.alignment[self._at[row]] = np.where(self.wanted[row], alignment, np.nan)
-            counted = [both[segment] for segment in np.flatnonzero(self.aligned[row])]
-            if counted:
-                self._rank(row, sum(counted[1:], start=counted[0]))
+        at = [self._at[row] for row in rows]
+        self.into.alignment[at] = np.where(self.wanted[rows], _alignment(moments), np.nan)
+        flags = self.aligned[rows]
+        for which in np.unique(flags[flags.any(axis=1)], axis=0):
+            here = (flags == which).all(axis=1)
+            some: Any = slice(None) if here.all() else here  # a slice is no copy
+            first, *others = (moments[some, segment] for segment in np.flatnonzero(which))
+            self._rank([row for row, mine in zip(rows, here, strict=True) if mine], sum(others, start=first))
         self.into.total = self.into.total + moments.total(self.pooled[rows])
 
     def pool(self, row: int, segment: int, moments: Moments) -> None:
@@ -198,28 +199,35 @@ class Summing:
     def one(self, row: int, segment: int, moments: Moments) -> None:
         """Find a segment's alignment, and its rollout's peaks once all that counts in them is there."""
         if self.wanted[row, segment]:
-            unit, mean = _directions(moments)
-            self.into.alignment[self._at[row], segment] = mean_alignment(unit, mean)
+            self.into.alignment[self._at[row], segment] = _alignment(moments)
         if not self.aligned[row, segment]:
             return
         held = self._peaks.setdefault(row, [])
         held.append(moments)
         if len(held) == self.aligned[row].sum():
             del self._peaks[row]
-            self._rank(row, sum(held[1:], start=held[0]))
+            self._rank([row], sum(held[1:], start=held[0])[None])
 
-    def _rank(self, row: int, moments: Moments) -> None:
-        """Rank the dimensions of a row by their peaks."""
-        settings = self.settings
+    def _rank(self, rows: Sequence[int], moments: Moments) -> None:
+        """Rank the dimensions of some rows by their peaks; moments (row, hidden)."""
+        settings, at = self.settings, [self._at[row] for row in rows]
         ranked = peak_dims(*_magnitudes(moments), top_k=settings.top_k, threshold=settings.threshold)
         for name in ("dims", "peak", "mean_abs", "ratio", "massive"):
-            getattr(self.into, name)[self._at[row]] = getattr(ranked, name)
+            getattr(self.into, name)[at] = getattr(ranked, name)
 
 
-def _directions(moments: Moments) -> tuple[Floats, Floats]:
-    """Means of h/|h| and of h, as `Moments.finalise` has them, without its other results."""
+def _alignment(moments: Moments) -> Floats:
+    """Mean cosine of the tokens with their mean, over the last axis; NaN of no token."""
+    tokens = moments.count[..., 0] + moments.nonfinite[..., 0]  # the same for every dimension
+    mean = _mean(moments) if moments.nonfinite.any() else moments.sum  # as long as its direction is the mean's
     with np.errstate(all="ignore"):
-        return moments.sum_unit / (moments.count + moments.nonfinite), moments.sum / moments.count
+        return np.asarray(mean_alignment(moments.sum_unit, mean) / tokens)
+
+
+def _mean(moments: Moments) -> Floats:
+    """Mean of h, as `Moments.finalise` has it, without its other results."""
+    with np.errstate(all="ignore"):
+        return np.asarray(moments.sum / moments.count)
 
 
 def _magnitudes(moments: Moments) -> tuple[Floats, Floats]:
@@ -257,7 +265,7 @@ class SumTask:
                 continue
             summing.one(one.row, one.segment, one.moments)
             if one.crossing:
-                into.means[one.row, one.segment] = _directions(one.moments)[1]
+                into.means[one.row, one.segment] = _mean(one.moments)
             if one.row in self.pooled:
                 summing.pool(one.row, one.segment, one.moments)
             if one.row in self.normed and summing.pooled[one.row, one.segment]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from datastore.dtype import numpy_dtype
-from datastore.entropy import frame
+from datastore.entropy import frame, plane_frame
 from datastore.errors import CorruptError, MisuseError
 from datastore.schema import DTYPES, Codec
 
@@ -96,10 +96,11 @@ def encode(values: NDArray[Any], codec: Codec) -> bytes:
     return b"".join(encode_pieces(values, codec))
 
 
-def encode_pieces(values: NDArray[Any], codec: Codec) -> tuple[bytes | memoryview, ...]:
+def encode_pieces(values: NDArray[Any], codec: Codec, *, sums: bool = False) -> tuple[bytes | memoryview, ...]:
     """Return the same bytes as `encode` in pieces, the last the checksum, so that no one need copy the body.
 
-    Where nothing compresses, the body is the memory of `values` itself.
+    Where nothing compresses, the body is the memory of `values` itself. Of `sums` only those bytes are compressed that
+    take no time to read.
     """
     values = np.ascontiguousarray(values)
     flat = values.reshape(-1).view(np.uint8)
@@ -108,8 +109,10 @@ def encode_pieces(values: NDArray[Any], codec: Codec) -> tuple[bytes | memoryvie
     else:
         shuffle = _SHUFFLE[codec.name]
         blosc = _blosc(codec.name, codec.level, shuffle=shuffle, blocksize=codec.blocksize, typesize=values.itemsize)
-        plain = (codec.name, codec.level) == ("zstd", 1) and values.dtype.name in _ENTROPY
-        body = (frame(values, blosc, blocksize=codec.blocksize) if plain else None) or [blosc.encode(flat)]
+        plain = (codec.name, codec.level) == ("zstd", 1)
+        make = plane_frame if sums else frame if values.dtype.name in _ENTROPY else None
+        own = make(values, blosc, blocksize=codec.blocksize) if plain and make else None
+        body = own or [blosc.encode(flat)]
     crc = 0
     for piece in body:
         crc = google_crc32c.extend(crc, np.frombuffer(piece, np.uint8))

@@ -22,7 +22,7 @@ from datastore.codec import encode_pieces
 from datastore.partials import ChunkId, Partials
 from datastore.plainfile import shape_of
 from datastore.schema import SEGMENTS, STATISTICS, Codec, Plan
-from datastore.stats import Key, Moments
+from datastore.stats import SUMS, Key, Moments
 
 __all__ = ["PIECE_BYTES", "Combiner", "Counted", "Pending", "StatsPiece"]
 
@@ -144,7 +144,7 @@ class Combiner:
             fill = np.nan if values.dtype.kind == "f" else 0
             values = np.concatenate([values, np.full((short, *values.shape[1:]), fill, values.dtype)])
         with storage.naming(array):
-            storage.write_chunk(array, index, encode_pieces(values, Codec()))
+            storage.write_chunk(array, index, encode_pieces(values, Codec(), sums=name in SUMS))
 
     def _name_nonfinite(self, piece: StatsPiece, norms: NDArray[np.float32], first: int) -> list[dict[str, Any]]:
         named = []

@@ -329,7 +329,7 @@ class NormArray(_Lazy):
                 paths = {one: capture.path / "stats" / self.component / "norm"}
                 with _Unchanged(self.cells, {one}):
                     _gather(paths, (place[runs], first, part.lengths), out=values, column=capture.layers.index(number))
-                out[i, np.repeat(place == one, axis.lengths)] = values
+                out[i, slice(None) if len(runs) == len(place) else np.repeat(place == one, axis.lengths)] = values
         return out.T
 
 

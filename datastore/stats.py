@@ -23,7 +23,7 @@ from datastore.dtype import numpy_dtype, upcast
 from datastore.errors import CorruptError, MisuseError
 from datastore.schema import STATISTICS
 
-__all__ = ["WORTH_COMPILING", "Key", "Moments", "MomentsTable", "compile_sums"]
+__all__ = ["SUMS", "WORTH_COMPILING", "Key", "Moments", "MomentsTable", "compile_sums"]
 
 Key = tuple[int, ...]
 """What a piece of a chunk is counted under: (row, segment), or (segment,) when statistics are kept per capture."""
@@ -58,7 +58,7 @@ _DTYPES = dict.fromkeys(STATISTICS, (_FLOAT64,)) | {
     "nonfinite": (_INT64,),
     "max_abs": (_FLOAT32, _FLOAT64),
 }
-_SUMS = ("sum", "sum_abs", "sum_squares", "sum_unit")
+SUMS = ("sum", "sum_abs", "sum_squares", "sum_unit")
 _MAGIC = b"MOMT"
 _VERSION = 1
 _HEADER = struct.Struct("<4sHBBIIII")
@@ -276,7 +276,7 @@ class MomentsTable:
         sections = [
             _HEADER.pack(*header),
             np.array(list(self.moments), "<i8").tobytes(),
-            *(getattr(m, name).astype("<f8", copy=False).tobytes() for m in moments for name in _SUMS),
+            *(getattr(m, name).astype("<f8", copy=False).tobytes() for m in moments for name in SUMS),
             *(_pack_counts(counts) for m in moments for counts in (m.count, m.nonfinite)),
             *(m.max_abs.astype(top, copy=False).tobytes() for m in moments),
             self.norms.astype("<f4", copy=False).tobytes(),
@@ -296,12 +296,12 @@ class MomentsTable:
         key_length, top_size, n_keys, width, n_tokens = _checked_header(raw)
         reader = _Reader(raw, _HEADER.size)
         keys = reader.take("<i8", n_keys * key_length).reshape(n_keys, key_length).tolist()
-        sums = reader.take("<f8", n_keys * len(_SUMS) * width).reshape(n_keys, len(_SUMS), width)
+        sums = reader.take("<f8", n_keys * len(SUMS) * width).reshape(n_keys, len(SUMS), width)
         counts = [(reader.counts(width), reader.counts(width)) for _ in keys]
         tops = reader.take(f"<f{top_size}", n_keys * width).reshape(n_keys, width)
         norms = reader.take("<f4", n_tokens)
         moments = {
-            tuple(key): Moments(count=count, nonfinite=nonfinite, max_abs=top, **dict(zip(_SUMS, total, strict=True)))
+            tuple(key): Moments(count=count, nonfinite=nonfinite, max_abs=top, **dict(zip(SUMS, total, strict=True)))
             for key, total, (count, nonfinite), top in zip(keys, sums, counts, tops, strict=True)
         }
         return cls(moments=moments, norms=norms)
@@ -382,7 +382,7 @@ class _Tally:
         self.scratch = _SCRATCH.fit(width, dtype)
         self.tokens = 0
         self.nonfinite: NDArray[np.int64] | None = None
-        self.sums: list[NDArray[np.float64]] = []  # in the order of _SUMS; empty before the first tile
+        self.sums: list[NDArray[np.float64]] = []  # in the order of SUMS; empty before the first tile
         self.top = np.zeros(0, self.unsigned)
 
     def add(self, values: NDArray[Any], norms: NDArray[np.float32]) -> None:
@@ -402,7 +402,7 @@ class _Tally:
     def _add_compiled(self, compiled: Any, values: NDArray[Any], norms: NDArray[np.float32]) -> bool:
         width = values.shape[1]
         top = self.top.copy() if self.sums else np.zeros(width, np.uint16)
-        sums = np.array(self.sums) if self.sums else np.zeros((len(_SUMS), width))
+        sums = np.array(self.sums) if self.sums else np.zeros((len(SUMS), width))
         bits, ends = values.view(np.uint16), compiled.leaves(width)
         if not compiled.add_tiles(bits, self.scratch.rows, *_SAFE_SQUARES, ends, top, sums, norms):
             return False
@@ -425,7 +425,7 @@ class _Tally:
             count=self.tokens - nonfinite,
             max_abs=upcast(self.top.view(self.dtype)),
             nonfinite=nonfinite,
-            **dict(zip(_SUMS, self.sums, strict=True)),
+            **dict(zip(SUMS, self.sums, strict=True)),
         )
 
     def _tiles(

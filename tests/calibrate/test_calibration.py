@@ -294,6 +294,7 @@ def test_what_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> None:
     last = found.data.set_index(row="rollout_id").sel(row="1", segment="response").isel(layer=0)
     spread = [float(last[f"alignment_{name}"]) for name in ("min", "max", "std")]
     assert spread == pytest.approx([min(seen), max(seen), np.std(seen, ddof=1)])
+    assert float(last["alignment"]) == pytest.approx(sum(seen) / len(wide), rel=1e-9)
     for level in ("capture", "none"):
         other = build(tmp_path / f"{level}.zarr", {"residual": rows}, {"0": 0, "1": 0}, level=level, most_tokens=2)
         assert_same(found, calibrate.fit(other), but=("component_norm",))

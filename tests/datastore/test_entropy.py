@@ -1,4 +1,4 @@
-"""Frames compressed by entropy alone: every Blosc reads them, they are no larger than Blosc's own, or there is none."""
+"""Frames of our own: every Blosc reads them, they are little or no larger than Blosc's own, or there is none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numcodecs.blosc import Blosc
 from datastore.codec import ChunkDecoder, encode, encode_pieces, zarr_codecs
 from datastore.dtype import numpy_dtype, zarr_dtype
 from datastore.schema import DTYPES, Codec
-from datastore.storage import write_chunk
+from datastore.storage import read_region, write_chunk
 from tests.synthetic import activations
 
 BLOCK = 1 << 16
@@ -138,3 +138,67 @@ def test_threads_give_the_same_bytes() -> None:
 def test_every_dtype_is_stored_one_way_or_the_other() -> None:
     ours = {dtype for dtype in DTYPES if is_ours(activations(256, 1000, seed=1, dtype=dtype))}
     assert ours == {"bfloat16", "float32"}
+
+
+def sums_of(what: str) -> np.ndarray:
+    """Sums as statistics hold them: (rollouts, segments, 1, width) of float64."""
+    random, shape = np.random.default_rng(5), (6, 2, 1, 4096)
+    rows = random.standard_normal((*shape, 50)).astype(numpy_dtype("bfloat16"))
+    values: np.ndarray = rows.astype(np.float64).sum(axis=-1)
+    match what:
+        case "random in all bytes":
+            return np.asarray(random.standard_normal(shape))
+        case "of a length that no blocks share":
+            return values.reshape(-1)[:40961].reshape(1, 1, 1, 40961)  # a prime
+        case "with a padded end":
+            values[4:] = np.nan
+        case "half of them zero":
+            values[:, 0] = 0
+        case "all zero":
+            values[:] = 0
+        case "narrow":
+            return values[:, :, :, :64].copy()
+    return values
+
+
+def written(values: np.ndarray) -> tuple[bytes, bool]:
+    """The bytes of a chunk of sums, and whether they are of our making."""
+    raw = b"".join(encode_pieces(values, SMALL, sums=True))
+    return raw, raw != encode(values, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("what", "ours"),
+    [
+        ("exact, their lowest bytes zero", True),
+        ("random in all bytes", True),
+        ("with a padded end", True),
+        ("of a length that no blocks share", False),
+        ("half of them zero", False),
+        ("all zero", False),
+        ("narrow", False),
+    ],
+)
+def test_sums_come_back_to_the_bit_from_every_reader(tmp_path: Path, what: str, ours: bool) -> None:
+    values = sums_of(what)
+    raw, own = written(values)
+    assert own == ours
+    assert len(raw) <= (1.4 if ours else 1.0) * blosc_size(values)
+    array = zarr.create_array(
+        tmp_path / "a", shape=values.shape, chunks=values.shape, dtype="float64", **zarr_codecs(SMALL, "float64")
+    )
+    file = tmp_path / "a" / "c" / "0" / "0" / "0" / "0"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(raw)
+    assert np.array_equal(bits(read_region(tmp_path / "a", [slice(0, n) for n in values.shape])), bits(values))
+    assert np.array_equal(bits(np.asarray(array[:])), bits(values))
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "a")}}
+    read = tensorstore.open(spec, open=True).result().read().result()
+    assert np.array_equal(bits(np.ascontiguousarray(read)), bits(values))
+
+
+def test_of_sums_only_the_bytes_that_vanish_are_compressed() -> None:
+    exact, random = (written(sums_of(what))[0] for what in ("exact", "random in all bytes"))
+    size = sums_of("random in all bytes").nbytes
+    assert 0.3 * size < len(exact) < 0.7 * size
+    assert len(random) == size + 16 + 4, "a header, the values as they are, a checksum"
