@@ -246,7 +246,7 @@ def _worked(
     """Work on a chunk when it is this thread's turn; one that waits for the disk lets another work meanwhile."""
     with turns:
         _thread.turns = turns
-        if later and later[0].decoder is not None:
+        if turns.waited and later and later[0].decoder is not None:
             _touch(later[0].file)
         return work(group, buffer)
 
