@@ -4,7 +4,6 @@ A cache is tried first; whatever is wrong with it is logged, and the next way is
 """
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from capture import cache, gpucache, hub, skeleton
 from capture.errors import CacheError, ModelError, RequestError
 from capture.int4 import checkpoint_files, int4_sources
 from capture.modelinfo import ModelInfo
+from capture.offload import offload_folder
 from capture.tensorfiles import Stored, fill
 
 __all__ = ["Order", "Tick", "build_cache", "load_weights", "wanted_cache"]
@@ -199,7 +199,7 @@ def _from_pretrained(order: Order) -> Any:
     if order.devices:
         extra["device_map"] = order.devices
     if isinstance(order.devices, Mapping) and "disk" in order.devices.values():
-        extra["offload_folder"] = tempfile.mkdtemp(prefix="capture-offload-")
+        extra["offload_folder"] = str(offload_folder())
     if info.quantize:
         extra["quantization_config"] = _bitsandbytes(info.quantize, order.dtype)
     LOG.info("from_pretrained %s", info.model_id)

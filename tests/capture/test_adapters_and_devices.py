@@ -1,6 +1,9 @@
 """Adapters over a loaded model, and models spread over devices: the rows of the plain way."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from capture.components import find_components
 from capture.errors import ModelError, RequestError
 from capture.forward import run_batch
 from capture.loading import describe, identity, load, order_of, provenance
-from tests import kimi
+from tests import house, kimi
 from tests.capture import tiny
 from tests.capture.cli import Command, command
 
@@ -167,6 +170,41 @@ def test_a_model_partly_on_disk_gives_the_same_bits(model: Path, tmp_path: Path)
     file = tmp_path / "map.json"
     file.write_text(json.dumps(SPREAD))
     assert same(rows_of(load(describe(model), device=str(file), cache=False).model, [0, 1, 2]), plain)
+
+
+HOLDER = """
+import os, sys
+from capture.offload import offload_folder
+made = offload_folder()
+(made / "weights").write_bytes(b"1234")
+os.utime(made, (0, 0))
+if os.fork() == 0:
+    sys.exit()  # a fork that ends deletes nothing
+os.wait()
+print(made, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_was_put_on_disk_goes_with_its_process_or_by_the_next_one(tmp_path: Path) -> None:
+    def started() -> tuple[subprocess.Popen[str], Path]:
+        command, where = [sys.executable, "-c", HOLDER], {**os.environ, "TMPDIR": str(tmp_path)}
+        pipes: Any = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+        process = subprocess.Popen(command, env=where, cwd=house.ROOT, text=True, **pipes)
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    killed, left = started()
+    running, held = started()
+    killed.kill()
+    killed.communicate(timeout=60)
+    assert [(left / "weights").exists(), (held / "weights").exists()] == [True, True]
+    last, own = started()
+    assert {one.name for one in tmp_path.iterdir()} == {held.name, own.name}
+    for process in (running, last):
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_packed_experts_on_disk_are_read_from_the_cache(tmp_path: Path) -> None:
