@@ -1,5 +1,6 @@
 """What a server lets requests reach: experiment trees, stores and models below the directories it was given."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ __all__ = ["NotThereError", "OutsideError", "Roots", "Target", "missing_ids", "s
 
 NAMED = 20
 """Names listed in an error."""
+MOST_NAME = 255
+"""Bytes of a file's name, on the file systems in use."""
 
 
 class OutsideError(RequestError):
@@ -107,6 +110,11 @@ class Roots:
         return str(self._below(local_path(name).absolute(), self.models, f"model {name!r}"))
 
     def _below(self, path: Path, root: Path, what: str) -> Path:
+        longest = max(len(os.fsencode(part)) for part in path.parts)
+        if longest > MOST_NAME:
+            raise RequestError(
+                f"{what:.100} holds a name of {longest} bytes, and a file's has {MOST_NAME} at most; shorten it"
+            )
         found = path.resolve()
         if not found.is_relative_to(root) or found == root:
             raise OutsideError(f"{what} leads out of the directory that this server was given, so it is refused")

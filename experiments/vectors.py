@@ -244,10 +244,10 @@ def _manifest_entries(root: Path) -> DirectionIndex:
         for one in listed if isinstance(listed, list) else [listed]:
             about = _object(one, f"{described}: trait {trait!r}")
             entry = _described(trait, {**manifest, **about}, file=root / str(about.get("file")), key=None)
-            if Path(entry.file).is_file():
+            if os.path.isfile(entry.file):  # False too for a name that is too long for one
                 entries.append(entry)
             else:
-                absent.append((trait, f"{entry.file}, named in manifest.json, is not there"))
+                absent.append((trait, f"{entry.file:.500}, named in manifest.json, is not there"))
     return DirectionIndex(entries=tuple(entries), absent=tuple(absent))
 
 

@@ -62,7 +62,8 @@ def wait_for(found: Callable[[], bool], process: Forked, *, seconds: float = 120
 
 def chunks(store: Path) -> list[Path]:
     """Chunk files of components in plans that are not committed yet."""
-    return list(store.with_name(f"{store.name}.plans").glob("*/group/residual/c/*/*/*"))
+    found = store.with_name(f"{store.name}.plans").glob("*/group/residual/c/*/*/*")
+    return [file for file in found if file.suffix != ".partial"]  # what is written, or was by a process that was killed
 
 
 def contents(store: Path) -> dict[str, bytes]:

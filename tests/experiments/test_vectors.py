@@ -245,3 +245,12 @@ def test_the_directory_names_in_use(position: str, name: str) -> None:
 def test_a_directory_outside_the_grammar_stands_for_itself() -> None:
     assert position_of_directory("my_tokens") == "my_tokens"
     assert directory_of_position("response[2_7]") == directory_of_position("response[2:7]"), "not injective"
+
+
+def test_a_manifest_may_name_what_no_file_can_be_called(tmp_path: Path) -> None:
+    about = {"layer": 3, "method": "probe", "component": "residual", "position": "response[:5]"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"traits": {"bs/lying": {**about, "file": "x" * 5000}}}))
+    index = find_directions(tmp_path)
+    assert index.entries == ()
+    ((trait, why),) = index.absent
+    assert (trait, why.endswith("named in manifest.json, is not there"), len(why) < 600) == ("bs/lying", True, True)
