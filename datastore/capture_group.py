@@ -5,15 +5,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datastore import storage
+from datastore.layout import label_file
 from datastore.schema import ROLES, SEGMENTS, STATISTICS, LabelValue, Plan
 
-__all__ = ["build_group", "hidden_axis", "label_array", "label_file"]
+__all__ = ["build_group", "hidden_axis", "label_array"]
 
 STATS_ROW_BYTES = 2 << 20
 """Bytes a chunk of one statistic, which is as many rollouts; who combines one holds about eight times as much."""
@@ -134,11 +134,6 @@ def _write_prefixes(path: Path, plan: Plan) -> None:
     storage.create_group(path, {})
     storage.write_array(path / "n_tokens", counts, dims=("row",), attrs={"sample_dimension": "prefix_token"})
     storage.write_array(path / "token_id", ids, dims=("prefix_token",))
-
-
-def label_file(name: str) -> str:
-    """Return the array name of a label: itself where that is a plain name, else percent-encoded."""
-    return quote(name, safe=" ()+,:;=@[]") if not name.startswith((".", "_", "zarr")) else "%" + name.encode().hex()
 
 
 def label_array(values: Sequence[LabelValue | None]) -> tuple[NDArray[Any], list[int]]:

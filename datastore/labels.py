@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datastore import storage
-from datastore.capture_group import label_array, label_file
+from datastore.capture_group import label_array
 from datastore.errors import MisuseError
+from datastore.layout import label_file, names_a_label
 from datastore.schema import Annotation, LabelValue
 
 __all__ = ["add_annotations", "add_labels"]
@@ -105,7 +106,7 @@ def add_annotations(
 
 
 def _check(label: str, values: Sequence[Any]) -> None:
-    if not label or len(label_file(label).encode()) > 200 or "\0" in label:
+    if not names_a_label(label):
         raise MisuseError(f"{label!r:.80} can't name a label; nothing was written, give it a shorter, plain name")
     for value in values:
         if not isinstance(value, (str, int, float, bool)):

@@ -1,4 +1,4 @@
-"""Chunk arithmetic: tokens a chunk, part i of N, rollout <-> token range, what is still to do. Pure ints and NumPy.
+"""Chunk arithmetic: tokens a chunk, part i of N, rollout <-> token range, what is still to do, names.
 
 A component is stored as a run of tokens of one layer per chunk. Rollouts lie end to end on the token axis (CF
 contiguous ragged array), so a rollout is a token range and a chunk holds pieces of one or more rollouts.
@@ -6,14 +6,28 @@ contiguous ragged array), so a rollout is a token range and a chunk holds pieces
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datastore.errors import PlanError
 
-__all__ = ["Piece", "Ragged", "batches", "chunk_range", "chunk_tokens", "chunks_of", "n_chunks", "part_range"]
+__all__ = [
+    "Piece",
+    "Ragged",
+    "batches",
+    "chunk_range",
+    "chunk_tokens",
+    "chunks_of",
+    "label_file",
+    "n_chunks",
+    "names_a_label",
+    "part_range",
+]
 
+_MOST_NAME = 200
+"""Bytes of the name of a label's array; file systems take 255."""
 MOST_TOKENS = 1024
 MOST_BYTES = 8 << 20
 
@@ -96,6 +110,16 @@ def batches(counts: Sequence[int], *, budget: int) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
+
+
+def label_file(name: str) -> str:
+    """Return the array name of a label: itself where that is a plain name, else percent-encoded."""
+    return quote(name, safe=" ()+,:;=@[]") if not name.startswith((".", "_", "zarr")) else "%" + name.encode().hex()
+
+
+def names_a_label(name: str) -> bool:
+    """Whether a label may be called so: its array's name is one of a directory, with room to spare."""
+    return bool(name) and "\0" not in name and len(label_file(name)) <= _MOST_NAME
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datastore.errors import PlanError
-from datastore.layout import Ragged
+from datastore.layout import Ragged, names_a_label
 
 __all__ = [
     "CODECS",
@@ -194,6 +194,9 @@ class Rollout:
                     f"rollout {self.rollout_id!r} has the text {text!r}, which holds half of a surrogate pair and "
                     "can't be stored as Unicode; replace that character"
                 ) from error
+        for name in self.labels:
+            if not names_a_label(name):
+                raise PlanError(f"rollout {self.rollout_id!r}: {name!r:.80} can't name a label; give it a shorter one")
 
     def _check_ranges(self) -> None:
         codes = np.asarray(self.role)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import datastore
-from datastore.errors import MisuseError, NotAStoreError
+from datastore.errors import MisuseError, NotAStoreError, PlanError
 from datastore.labels import add_annotations, add_labels
 from datastore.schema import Annotation
 from tests.datastore import making
@@ -65,3 +65,10 @@ def test_nothing_or_nonsense_is_refused_and_leaves_no_trace(store: Path, tmp_pat
     with pytest.raises(NotAStoreError, match="does not exist"):
         add_labels(tmp_path / "nowhere.zarr", {"a": {"x": 1}})
     assert making.on_disk(store) == before
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "ü" * 200, "_" + "x" * 200])
+def test_a_rollout_with_a_label_too_long_for_its_array_is_refused(name: str) -> None:
+    with pytest.raises(PlanError, match=r"^rollout 'a': .* can't name a label; give it a shorter one$"):
+        making.rollout("a", 5, labels={name: True})
+    assert making.rollout("a", 5, labels={name[:30]: True}).labels == {name[:30]: True}
