@@ -1,11 +1,13 @@
 """`python -m PACKAGE` as processes of their own that start in milliseconds: forks of one that has imported it.
 
 Each has its own arguments, environment, output, signals and exit code, and ends as the interpreter ends; only what it
-would have imported is there already. What is about importing, or about variables that are read then, starts anew.
+would have imported is there already. One that is given its whole environment is a fork of another process, which has
+imported only what reads no variable of it. What is about importing starts anew.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import json
@@ -17,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +27,8 @@ from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 IMPORTED = ("capture.commands", "capture.loading", "capture.importing", "transformers")
+BARE = ("torch", "torch._dynamo", "torch.distributed.tensor", "torch.export", "datastore.writer", "datastore.console")
+"""Without huggingface_hub, which reads HF_HOME and others when it is imported."""
 
 
 class Forked:
@@ -71,24 +76,30 @@ class Forked:
 
 
 @cache
-def _server() -> socket.socket:
+def _server(imported: tuple[str, ...]) -> socket.socket:
     ours, theirs = socket.socketpair()
     with theirs:
-        words = [sys.executable, "-m", "tests.forked", str(theirs.fileno())]
+        words = [sys.executable, "-m", "tests.forked", str(theirs.fileno()), *imported]
         process = subprocess.Popen(words, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-    _KEPT.append(process)
+
+    def end() -> None:
+        ours.close()
+        process.wait()
+
+    atexit.register(end)
     return ours
 
 
-_KEPT: list[Any] = []
-"""The process that forks; it ends when its socket is closed, at the latest with this process."""
+def start(module: str, *words: object, environment: Mapping[str, str] | None = None, **environ: str) -> Forked:
+    """Start `python -m module` with these words in the project's directory.
 
-
-def start(module: str, *words: object, **environ: str) -> Forked:
-    """Start `python -m module` with these words and variables in the project's directory."""
-    server, (end, theirs) = _server(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    Its variables are those of this process with `environ`, or just those of `environment`.
+    """
+    server = _server(IMPORTED if environment is None else BARE)
+    end, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     (out, into_out), (err, into_err) = os.pipe(), os.pipe()
-    asked = json.dumps({"module": module, "words": [str(one) for one in words], "environ": environ}).encode()
+    request = {"module": module, "words": [str(one) for one in words], "environ": environ, "environment": environment}
+    asked = json.dumps(request).encode()
     with theirs:
         server.sendall(len(asked).to_bytes(4, "little"))
         socket.send_fds(server, [asked[:1]], [into_out, into_err, theirs.fileno()])
@@ -146,7 +157,7 @@ def _report(ends: dict[int, socket.socket]) -> None:
 
 def main() -> NoReturn:
     """Import, serve, and become what is asked for."""
-    for name in IMPORTED:
+    for name in sys.argv[2:]:
         import_module(name)
     gc.freeze()  # what is imported is shared with the forks
     asked = _serve(socket.socket(fileno=int(sys.argv[1])))
@@ -155,6 +166,9 @@ def main() -> NoReturn:
     os.dup2(err, 2)
     for one in (out, err, end):
         os.close(one)
+    if asked["environment"] is not None:
+        os.environ.clear()
+        os.environ.update(asked["environment"])
     os.environ.update(asked["environ"])
     sys.argv = [asked["module"], *asked["words"]]
     runpy.run_module(asked["module"], run_name="__main__", alter_sys=True)

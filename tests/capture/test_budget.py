@@ -6,8 +6,6 @@ Four real processes that each measure something else still fill one plan.
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,37 +14,15 @@ from capture import budget
 from capture.budget import Measured, batch_tokens
 from capture.components import find_components
 from datastore.planning import laid_down, read_plan
-from tests import kimi
+from tests import forked, kimi
 from tests.capture import cli, served, stored, tiny
 from tests.capture.cli import Command, command
-from tests.house import ROOT
+from tests.forked import Forked
 
 __all__ = ["command"]
 
 GB = 1 << 30
 WORDS = ("--prompt-set", served.PROMPT_SET, "--chunk-tokens", "64", "--device", "auto", "--layers", "0,1")
-
-# The command, in a process that takes its CPU for a device with memory of its own and measures 512 << its rank tokens:
-# together with the others that are to come, so that each has looked for a remembered budget before any is there.
-MEASURING = """
-import os, sys, time
-from pathlib import Path
-from capture import budget, budgeting
-from capture.commands import app
-from datastore import console
-
-rank, meeting, expected = int(os.environ["RANK"]), Path(sys.argv.pop(1)), int(sys.argv.pop(1))
-
-def measure(*_, **__):
-    (meeting / str(rank)).touch()
-    while len(list(meeting.iterdir())) < expected:
-        time.sleep(0.01)
-    return budget.Measured(fixed=0.0, per_token=1.0, row=1, free=1000 << rank)
-
-budgeting._is_measured = lambda device: True
-budget.measure = measure
-console.run(app, sys.argv[1:])
-"""
 
 
 @pytest.mark.parametrize(
@@ -101,18 +77,12 @@ def test_a_budget_that_can_not_be_remembered_is_said(tmp_path: Path, caplog: pyt
     assert "parts of one capture may find different ones; give each the same --batch-tokens" in caplog.text
 
 
-def start(tree: Path, store: Path, rank: int, *, home: Path, meeting: Path, expected: int) -> "subprocess.Popen[str]":
+def start(tree: Path, store: Path, rank: int, *, home: Path, meeting: Path, expected: int) -> Forked:
     """Start one part of four, which measures by itself."""
     meeting.mkdir(exist_ok=True)
     words = [meeting, expected, "--experiment", tree, "--store", store, *WORDS]
-    return subprocess.Popen(
-        [sys.executable, "-c", MEASURING, *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "4", "HF_HUB_OFFLINE": "1", "HF_HOME": str(home)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    mine = {"RANK": str(rank), "WORLD_SIZE": "4", "HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
+    return forked.start("tests.capture.measuring", *words, environment={**os.environ, **mine})
 
 
 def test_four_processes_that_measure_different_budgets_fill_one_plan(command: Command, tmp_path: Path) -> None:
@@ -121,7 +91,7 @@ def test_four_processes_that_measure_different_budgets_fill_one_plan(command: Co
     together = [start(tree, store, rank, home=home, meeting=meeting, expected=3) for rank in range(3)]
     for process in together:
         out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+        assert process.wait() == 0, err
         assert "the capture is committed when its other parts are done" in out
     assert len(list(meeting.iterdir())) == 3, "each of them measured"
     (remembered,) = json.loads((home / "activation_cache" / "budgets.json").read_text()).values()
@@ -140,7 +110,7 @@ def test_four_processes_that_measure_different_budgets_fill_one_plan(command: Co
 
     # The last one comes from where nothing is remembered: it goes on with the plan, and measures nothing.
     late = start(tree, store, 3, home=tmp_path / "elsewhere", meeting=tmp_path / "alone", expected=1)
-    assert (late.communicate(timeout=300), late.returncode)[1] == 0
+    assert (late.communicate(timeout=300), late.wait())[1] == 0
     assert not list((tmp_path / "alone").iterdir())
     assert stored.captures(store) == [1]
     alone = tmp_path / "alone.zarr"

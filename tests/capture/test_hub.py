@@ -6,35 +6,19 @@ Processes of their own speak to a Hub of this machine, as `huggingface_hub` spea
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from capture import cache
-from tests import kimi
+from tests import forked, kimi
 from tests.capture.hubserver import Hub
-from tests.house import ROOT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARD = "model-00002-of-00002.safetensors"
-
-# Loads a model at each revision that is named, and says what it recorded and what the weights are.
-LOAD = """
-import json, logging, sys
-from capture.loading import describe, load, provenance
-from capture.skeleton import tensors_of
-from capture.tensorfiles import checksum
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-for revision in sys.argv[1:]:
-    loaded = load(describe("owner/tiny", revision=None if revision == "-" else revision), device="cpu")
-    weights = {name: checksum(one) for name, one in tensors_of(loaded.model).items()}
-    print(json.dumps({**provenance(loaded), "weights": weights}))
-"""
 
 
 @pytest.fixture
@@ -46,19 +30,32 @@ def hub() -> Iterator[Hub]:
         one.stop()
 
 
-def python(words: list[object], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    line = [sys.executable, *map(str, words)]
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+class Done(NamedTuple):
+    """A process that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def done(module: str, *words: object, environment: dict[str, str]) -> Done:
+    process = forked.start(module, *words, environment=environment)
+    out, err = process.communicate(timeout=300)
+    return Done(process.wait(), out, err)
+
+
+def loading(environment: dict[str, str], *revisions: str) -> Done:
+    return done("tests.capture.told_of_load", *revisions, environment=environment)
 
 
 def load(environment: dict[str, str], *revisions: str) -> list[dict[str, Any]]:
-    done = python(["-c", LOAD, *revisions], environment)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    ended = loading(environment, *revisions)
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
-def manage(environment: dict[str, str], *words: object) -> "subprocess.CompletedProcess[str]":
-    return python(["-m", "capture", "cache", *words], environment)
+def manage(environment: dict[str, str], *words: object) -> Done:
+    return done("capture", "cache", *words, environment=environment)
 
 
 def test_a_snapshot_is_loaded_at_its_commit_and_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -72,9 +69,9 @@ def test_a_snapshot_is_loaded_at_its_commit_and_a_missing_shard_is_named(tmp_pat
     (said,) = load(environment, "-")
     assert (said["model"], said["revision"], said["weights_sha256"]) == ("owner/tiny", COMMIT, None)
     (snapshot / "model-00002-of-00003.safetensors").unlink()
-    done = python(["-c", LOAD, "-"], environment)
-    assert done.returncode != 0
-    assert "lacks 1 of 3 shards, model-00002-of-00003.safetensors the first" in done.stderr
+    ended = loading(environment, "-")
+    assert ended.returncode != 0
+    assert "lacks 1 of 3 shards, model-00002-of-00003.safetensors the first" in ended.stderr
 
 
 def test_a_revision_is_pinned_and_recorded_and_once_it_is_here_the_hub_is_not_asked(hub: Hub, tmp_path: Path) -> None:
@@ -91,7 +88,7 @@ def test_a_revision_is_pinned_and_recorded_and_once_it_is_here_the_hub_is_not_as
     hub.asked.clear()
     assert load({**environment, "HF_HUB_OFFLINE": "1"}, first, "-") == [old, new]
     assert hub.asked == []
-    empty = python(["-c", LOAD, first], hub.environment(tmp_path / "empty", HF_HUB_OFFLINE="1"))
+    empty = loading(hub.environment(tmp_path / "empty", HF_HUB_OFFLINE="1"), first)
     assert (empty.returncode, hub.asked) == (1, [])
     assert "owner/tiny" in empty.stderr
 
@@ -106,15 +103,15 @@ def fetch_in_vain(hub: Hub, there: dict[str, str], home: Path, *, rest: int) -> 
     hub.exaggerates = ""
 
     hub.stalls = "layers-from-000.safetensors"
-    words = [sys.executable, "-m", "capture", "cache", "build", "owner/tiny", "--from-hub", "owner/cache"]
     blobs = home / "hub" / "models--owner--cache" / "blobs"
-    with subprocess.Popen(words, cwd=ROOT, env=there, stderr=subprocess.DEVNULL) as process:
-        end = time.monotonic() + 300
-        while not (hub.fetched(hub.stalls) and rest in [file.stat().st_size for file in blobs.glob("*[!e]")]):
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        process.kill()
+    process = forked.start("capture", "cache", "build", "owner/tiny", "--from-hub", "owner/cache", environment=there)
+    end = time.monotonic() + 300
+    while not (hub.fetched(hub.stalls) and rest in [file.stat().st_size for file in blobs.glob("*[!e]")]):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=300)
     hub.stalls = ""
     assert not (home / "activation_cache").exists(), "half of a cache is put nowhere"
 
