@@ -26,7 +26,11 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
-IMPORTED = ("capture.commands", "capture.loading", "capture.importing", "transformers")
+IMPORTED = {
+    "capture": ("capture.commands", "capture.loading", "capture.importing", "transformers"),
+    "view": ("view.commands", "view.server", "view.api", "view.page", "panel.io.fastapi", "uvicorn", "dask.array"),
+}
+"""What a package's forks find imported."""
 BARE = ("torch", "torch._dynamo", "torch.distributed.tensor", "torch.export", "datastore.writer", "datastore.console")
 """Without huggingface_hub, which reads HF_HOME and others when it is imported."""
 
@@ -34,7 +38,7 @@ BARE = ("torch", "torch._dynamo", "torch.distributed.tensor", "torch.export", "d
 class Forked:
     """A running fork: what tests use of `subprocess.Popen`."""
 
-    def __init__(self, pid: int, end: socket.socket, out: IO[str], err: IO[str]) -> None:
+    def __init__(self, pid: int, end: socket.socket, out: IO[str], err: IO[str] | None) -> None:
         self.pid, self._end, self.stdout, self.stderr = pid, end, out, err
         self.returncode: int | None = None
 
@@ -63,14 +67,18 @@ class Forked:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         found: list[str] = []
-        reader = threading.Thread(target=lambda: found.append(self.stderr.read()))
+        reader = threading.Thread(target=lambda: found.append(self.stderr.read() if self.stderr else ""))
         reader.start()
         with self.stdout:
             out = self.stdout.read()
         reader.join()
-        self.stderr.close()
+        if self.stderr:
+            self.stderr.close()
         self.wait(timeout)
         return out, found[0]
 
@@ -90,14 +98,22 @@ def _server(imported: tuple[str, ...]) -> socket.socket:
     return ours
 
 
-def start(module: str, *words: object, environment: Mapping[str, str] | None = None, **environ: str) -> Forked:
+def start(
+    module: str,
+    *words: object,
+    errors: IO[str] | None = None,
+    environment: Mapping[str, str] | None = None,
+    **environ: str,
+) -> Forked:
     """Start `python -m module` with these words in the project's directory.
 
-    Its variables are those of this process with `environ`, or just those of `environment`.
+    Its variables are those of this process with `environ`, or just those of `environment`. What it says of errors goes
+    into a file, or into a pipe where none is given.
     """
-    server = _server(IMPORTED if environment is None else BARE)
+    server = _server(IMPORTED[module] if environment is None else BARE)
     end, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    (out, into_out), (err, into_err) = os.pipe(), os.pipe()
+    out, into_out = os.pipe()
+    err, into_err = os.pipe() if errors is None else (None, os.dup(errors.fileno()))
     request = {"module": module, "words": [str(one) for one in words], "environ": environ, "environment": environment}
     asked = json.dumps(request).encode()
     with theirs:
@@ -106,7 +122,7 @@ def start(module: str, *words: object, environment: Mapping[str, str] | None = N
         server.sendall(asked[1:])
     os.close(into_out)
     os.close(into_err)
-    return Forked(int(end.recv(32)), end, os.fdopen(out), os.fdopen(err))
+    return Forked(int(end.recv(32)), end, os.fdopen(out), None if err is None else os.fdopen(err))
 
 
 # -- in the process that forks ---------------------------------------------------------------------------------------

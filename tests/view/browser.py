@@ -15,9 +15,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests import house
+from tests import forked, house
 
-__all__ = ["Viewer", "becomes", "browser", "click_plot", "running", "same", "settled", "shows", "until", "visiting"]
+__all__ = [
+    "Viewer",
+    "becomes",
+    "browser",
+    "click_plot",
+    "running",
+    "same",
+    "serving",
+    "settled",
+    "shows",
+    "until",
+    "visiting",
+]
 
 T = TypeVar("T")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -31,6 +43,11 @@ FLAGS = [
     "--disable-sync",
     "--disable-dev-shm-usage",
     "--force-color-profile=srgb",
+    # The last such list is the only one: what of Playwright's matters here, and the pages of which Chromium builds two
+    # for every window, in case something is typed into its address bar: a fifth of what a page costs.
+    "--disable-features=PaintHolding,AvoidUnnecessaryBeforeUnloadCheckSync,DestroyProfileOnBrowserClose,HttpsUpgrades,"
+    "HttpsFirstBalancedModeAutoEnable,MediaRouter,ThirdPartyStoragePartitioning,OptimizationHints,PreconnectToSearch,"
+    "NetworkTimeServiceQuerying,AimEnabled,LensOverlay,WebUIOmniboxPopup,WebUIOmniboxAimPopup,WebUIOmniboxFullPopup",
 ]
 AXE = Path(__file__).parents[1] / "data" / "axe_core" / "axe.min.js"
 PATIENCE = 90.0
@@ -87,11 +104,25 @@ class Viewer:
         page.set_default_timeout(1000 * PATIENCE)
         self.errors: list[str] = []
         self.foreign: list[str] = []
-        page.on("console", self._heard)
-        page.on("pageerror", lambda one: self.errors.append(str(one)))
-        page.on("request", lambda one: self._asked(one.url))
+        self._listeners = {"console": self._heard, "pageerror": self._failed, "request": self._asked}
+        for what, listener in self._listeners.items():
+            page.on(what, listener)
 
-    def _asked(self, url: str) -> None:
+    def leave(self) -> None:
+        """Leave the page, for another visitor who finds nothing of this one in the browser; listen no longer."""
+        self.page.evaluate("() => { try { localStorage.clear(); sessionStorage.clear(); } catch {} }")
+        self.page.goto("about:blank")
+        self.page.mouse.up()
+        self.page.mouse.move(0, 0)
+        self.page.context.clear_cookies()
+        for what, listener in self._listeners.items():
+            self.page.remove_listener(what, listener)
+
+    def _failed(self, one: Any) -> None:
+        self.errors.append(str(one))
+
+    def _asked(self, one: Any) -> None:
+        url = one.url
         if not url.startswith((self.address, "blob:", "data:", "file:", self.address.replace("http", "ws", 1))):
             self.foreign.append(url)
 
@@ -221,13 +252,20 @@ def click_plot(viewer: Viewer, name: str, x: float, y: float) -> None:
 
 
 @contextlib.contextmanager
-def running(stores: Sequence[Path], *options: str) -> Iterator[str]:
-    """Serve stores on a free port in a process of its own; yield the address."""
-    command = [sys.executable, "-m", "view", *map(str, stores), "--port", "0", *options]
-    with (
-        tempfile.TemporaryFile("w+") as said,  # a pipe that nobody reads would be full one day
-        subprocess.Popen(command, cwd=house.ROOT, stdout=subprocess.PIPE, stderr=said, text=True) as process,
-    ):
+def running(stores: Sequence[Path], *options: str, anew: bool = True) -> Iterator[str]:
+    """Serve stores on a free port in a process of its own; yield the address.
+
+    The process starts anew, or is a fork of one that has imported everything.
+    """
+    words = [*map(str, stores), "--port", "0", *options]
+    with contextlib.ExitStack() as left:
+        said = left.enter_context(tempfile.TemporaryFile("w+"))  # a pipe that nobody reads would be full one day
+        process: subprocess.Popen[str] | forked.Forked
+        if anew:
+            command = [sys.executable, "-m", "view", *words]
+            process = subprocess.Popen(command, cwd=house.ROOT, stdout=subprocess.PIPE, stderr=said, text=True)
+        else:
+            process = forked.start("view", *words, errors=said)
         assert process.stdout is not None
         line = process.stdout.readline()
         try:
@@ -262,10 +300,29 @@ def browser() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def visiting(chromium: Any, address: str, *, height: int = 1500) -> Iterator[Viewer]:
-    """Open a page of a visitor's own; at the end nothing may have gone wrong in it, and nothing left the machine."""
-    context = chromium.new_context(viewport={"width": 1280, "height": height}, accept_downloads=True)
-    one = Viewer(context.new_page(), address)
+    """Let a visitor see the page; at the end nothing may have gone wrong in it, and nothing left the machine.
+
+    Each visitor loads the page anew, in the window that the one before has left: in one of its own the browser would
+    compile all scripts again.
+    """
+    if not chromium.contexts:
+        chromium.new_context(accept_downloads=True).new_page()
+    (context,) = chromium.contexts
+    (page,) = context.pages
+    page.set_viewport_size({"width": 1280, "height": height})
+    one = Viewer(page, address)
     yield one
-    context.close()
+    try:
+        one.leave()
+    except BaseException:
+        context.close()  # the next visitor is not troubled
+        raise
     assert not one.errors, one.errors
     assert not one.foreign, one.foreign
+
+
+@contextlib.contextmanager
+def serving(stores: Sequence[Path]) -> Iterator[tuple[Any, str]]:
+    """Start a browser, and a server of these stores; yield what `visiting` takes."""
+    with browser() as chromium, running(stores, anew=False) as address:
+        yield chromium, address

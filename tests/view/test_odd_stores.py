@@ -16,7 +16,7 @@ from datastore.labels import add_labels
 from datastore.maintenance import drop
 from tests import commands
 from tests.view import oracle, stores
-from tests.view.browser import IMAGE, Viewer, becomes, browser, running, same, settled, shows, until, visiting
+from tests.view.browser import IMAGE, Viewer, becomes, running, same, serving, settled, shows, until, visiting
 
 RELOAD = "The store has changed: reload"
 ORDER = sorted(stores.TRAITS)
@@ -54,8 +54,8 @@ def captured_in_part(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def served(kept: Path) -> Iterator[tuple[Any, str]]:
-    with browser() as chromium, running([kept / name for name in NAMES]) as address:
-        yield chromium, address
+    with serving([kept / name for name in NAMES]) as found:
+        yield found
 
 
 @pytest.fixture
@@ -216,9 +216,13 @@ def test_one_file_needs_no_server(served: tuple[Any, str], kept: Path, tmp_path:
     command = ["export", str(kept / "partly.zarr"), "--ids", "g0-honest,g0-lie", "--out", str(out)]
     assert commands.here("view", *command) == 0
     assert "http://" not in out.read_text(encoding="utf-8").replace("http://www.w3.org", "").split("<script")[0]
-    page = served[0].new_page()
-    viewer = Viewer(page, out.as_uri())
-    page.goto(out.as_uri())
+    with visiting(served[0], out.as_uri()) as viewer:
+        _read_alone(viewer, kept)
+
+
+def _read_alone(viewer: Viewer, kept: Path) -> None:
+    page = viewer.page
+    page.goto(viewer.address)
     page.locator(".t").first.wait_for()
     becomes(viewer, page.locator(".t").count, 2 * 72)
     store = datastore.open(kept / "partly.zarr")
@@ -230,8 +234,6 @@ def test_one_file_needs_no_server(served: tuple[Any, str], kept: Path, tmp_path:
     viewer.token(45).nth(1).click()
     becomes(viewer, lambda: page.locator(".t.pinned").get_attribute("data-i"), "45")
     assert until(colour, lambda found: found not in ("", before), page=page) not in ("", before)
-    assert viewer.foreign == []
-    page.close()
 
 
 def test_the_command_line_refuses_in_one_sentence(

@@ -22,10 +22,9 @@ from tests.view.browser import (
     RANGE,
     Viewer,
     becomes,
-    browser,
     click_plot,
-    running,
     same,
+    serving,
     settled,
     shows,
     until,
@@ -48,8 +47,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(kept: Path) -> Iterator[tuple[Any, str]]:
     """One server and one browser for all tests of this file."""
     names = ("games.zarr", "others.zarr", "plain.zarr", "ids.zarr")
-    with browser() as chromium, running([kept / name for name in names]) as address:
-        yield chromium, address
+    with serving([kept / name for name in names]) as found:
+        yield found
 
 
 @pytest.fixture

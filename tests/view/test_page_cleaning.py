@@ -18,7 +18,7 @@ import project
 from datastore.schema import Rollout
 from experiments.direction import Direction
 from tests.view import stores
-from tests.view.browser import Viewer, becomes, browser, running, same, until, visiting
+from tests.view.browser import Viewer, becomes, same, serving, until, visiting
 
 LOUD = {4: (0, 20, 21, 22, 23), 8: (0, 20, 21, 22, 24), 12: (0, 20, 21, 25, 26)}
 """The massive dimensions that are put into each layer."""
@@ -85,8 +85,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, datastore.Store]
 @pytest.fixture(scope="module")
 def served(kept: dict[str, datastore.Store]) -> Iterator[tuple[Any, str]]:
     """One server and one browser."""
-    with browser() as chromium, running([store.path for store in kept.values()]) as address:
-        yield chromium, address
+    with serving([store.path for store in kept.values()]) as found:
+        yield found
 
 
 @pytest.fixture

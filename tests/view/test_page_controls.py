@@ -24,10 +24,9 @@ from tests.view.browser import (
     RANGE,
     Viewer,
     becomes,
-    browser,
     click_plot,
-    running,
     same,
+    serving,
     settled,
     shows,
     until,
@@ -115,8 +114,8 @@ def store(kept: Path) -> datastore.Store:
 @pytest.fixture(scope="module")
 def served(kept: Path) -> Iterator[tuple[Any, str]]:
     """One server and one browser."""
-    with browser() as chromium, running([kept / name for name in NAMES]) as address:
-        yield chromium, address
+    with serving([kept / name for name in NAMES]) as found:
+        yield found
 
 
 @pytest.fixture

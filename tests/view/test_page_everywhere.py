@@ -13,7 +13,7 @@ import datastore
 import project
 from datastore.schema import Rollout
 from tests.view import oracle, stores
-from tests.view.browser import IMAGE, Viewer, becomes, browser, click_plot, running, shows, until, visiting
+from tests.view.browser import IMAGE, Viewer, becomes, click_plot, serving, shows, until, visiting
 
 GAMES = 4
 MANY, WHOLE = 2_050, 2_010
@@ -52,8 +52,8 @@ def store(kept: Path) -> datastore.Store:
 @pytest.fixture(scope="module")
 def served(kept: Path) -> Iterator[tuple[Any, str]]:
     """One server and one browser."""
-    with browser() as chromium, running([kept / "games.zarr", kept / "many.zarr"]) as address:
-        yield chromium, address
+    with serving([kept / "games.zarr", kept / "many.zarr"]) as found:
+        yield found
 
 
 @pytest.fixture

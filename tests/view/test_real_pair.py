@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import datastore
 import project
 from tests import commands, house
-from tests.view.browser import Viewer, becomes, browser, running, shows, until, visiting
+from tests.view.browser import Viewer, becomes, serving, shows, until, visiting
 
 GAME = house.ROOT / "experiments" / "secret_number" / "data"
 MOST_TABS = 300
@@ -55,8 +55,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> datastore.Store:
 @pytest.fixture(scope="module")
 def served(store: datastore.Store) -> Iterator[tuple[Any, str]]:
     """One server and one browser."""
-    with browser() as chromium, running([store.path]) as address:
-        yield chromium, address
+    with serving([store.path]) as found:
+        yield found
 
 
 @pytest.fixture
