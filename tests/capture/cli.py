@@ -48,7 +48,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> Result:
 
 def start(*words: object, **environ: str) -> Forked:
     """Start `python -m capture` with these words as a process of its own."""
-    return forked.start("capture", *words, environment=None, **environ)
+    return forked.start("capture", *words, errors=None, environment=None, **environ)
 
 
 def wait_for(found: Callable[[], bool], process: Forked, *, seconds: float = 120) -> None:

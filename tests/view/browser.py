@@ -183,7 +183,8 @@ class Viewer:
 
     def violations(self) -> list[str]:
         """What axe-core finds serious or critical."""
-        self.page.add_script_tag(path=str(AXE))
+        if not self.page.evaluate("'axe' in window"):
+            self.page.add_script_tag(path=str(AXE))
         found = self.page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
         return [
             f"{one['id']}: {one['nodes'][0]['html'][:200]}" for one in found if one["impact"] in ("serious", "critical")

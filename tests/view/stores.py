@@ -1,10 +1,13 @@
 """Small stores for the tests of the viewer: games played twice from one prefix, honestly and with a lie planted."""
 
-from collections.abc import Mapping, Sequence
+import fcntl
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 import calibrate
@@ -13,7 +16,18 @@ import project
 from datastore.schema import Annotation, ComponentSpec, Rollout
 from experiments.direction import Direction
 
-__all__ = ["FIRST_MOVE", "FORK", "LAYERS", "TRAITS", "WIDTH", "directions", "game_store", "long_store", "plain_store"]
+__all__ = [
+    "FIRST_MOVE",
+    "FORK",
+    "LAYERS",
+    "TRAITS",
+    "WIDTH",
+    "directions",
+    "game_store",
+    "long_store",
+    "once",
+    "plain_store",
+]
 
 WIDTH = 32
 LAYERS = (4, 8, 12)
@@ -39,6 +53,20 @@ WORDS = (
     "?\n",
 )
 TOOL, ASSISTANT, USER, SYSTEM = 4, 3, 2, 1
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a directory of stores that no test changes, made by the first of the test processes that asks for it."""
+    base = factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "stores").exists():
+            making = factory.mktemp(name)
+            make(making)
+            making.rename(root / "stores")
+    return root / "stores"
 
 
 def directions(traits: Sequence[str] = TRAITS, layers: Sequence[int] = LAYERS[:2]) -> list[Direction]:

@@ -445,26 +445,25 @@ def test_correlation_and_what_holds_of_the_model(viewer: Viewer, store: datastor
     becomes(viewer, lambda: viewer.evaluate(IMAGE, "captured-residual"), [1.0] * (3 * 8))
 
 
-@pytest.mark.parametrize("kind", ["png", "svg", "csv"])
-def test_plots_are_saved(viewer: Viewer, store: datastore.Store, tmp_path: Path, kind: str) -> None:
+def test_plots_are_saved(viewer: Viewer, store: datastore.Store, tmp_path: Path) -> None:
     viewer.open("?view=Trajectories&rollout=g1-lie&smooth=1&traits=bs/lying")
     same(viewer, "scores", {"bs/lying@4": oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=1)})
-    with viewer.page.expect_download() as waiting:
-        viewer.button(kind.upper()).click()
-    path = tmp_path / waiting.value.suggested_filename
-    waiting.value.save_as(path)
-    assert path.name == f"scores.{kind}"
-    if kind == "csv":
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-        wanted = oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=1)
-        np.testing.assert_allclose([float(row["bs/lying@4"]) for row in rows], wanted, rtol=1e-4)
-        assert [int(row["position"]) for row in rows] == list(range(72))
-    elif kind == "png":
-        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    else:
-        assert path.read_text(encoding="utf-8").startswith("<svg")
-        assert ">bs/lying<" in path.read_text(encoding="utf-8")
-        assert "at layer 4" in path.read_text(encoding="utf-8")
+    saved = {}
+    for kind in ("png", "svg", "csv"):
+        with viewer.page.expect_download() as waiting:
+            viewer.button(kind.upper()).click()
+        saved[kind] = tmp_path / waiting.value.suggested_filename
+        waiting.value.save_as(saved[kind])
+        assert saved[kind].name == f"scores.{kind}"
+    rows = list(csv.DictReader(saved["csv"].read_text(encoding="utf-8").splitlines()))
+    wanted = oracle.drawn(store, "g1-lie", "bs/lying@4", smooth=1)
+    np.testing.assert_allclose([float(row["bs/lying@4"]) for row in rows], wanted, rtol=1e-4)
+    assert [int(row["position"]) for row in rows] == list(range(72))
+    assert saved["png"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    drawing = saved["svg"].read_text(encoding="utf-8")
+    assert drawing.startswith("<svg")
+    assert ">bs/lying<" in drawing
+    assert "at layer 4" in drawing
 
 
 def test_an_address_restores_what_was_looked_at(viewer: Viewer, store: datastore.Store) -> None:
@@ -520,6 +519,7 @@ def test_dark_and_light(viewer: Viewer) -> None:
 )
 def test_no_serious_barrier(viewer: Viewer, query: str) -> None:
     viewer.open(query)
+    viewer.page.wait_for_timeout(1000)  # names are given every 0.7 s; looking for what lacks one takes a second
     assert until(viewer.violations, lambda found: not found, page=viewer.page) == []
 
 

@@ -25,13 +25,15 @@ Floats = NDArray[np.float64]
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some games, and a store of more rollouts than one heatmap shows."""
-    root = tmp_path_factory.mktemp("everywhere")
+    return stores.once(tmp_path_factory, "everywhere", _make)
+
+
+def _make(root: Path) -> None:
     stores.game_store(root / "games.zarr", pairs=GAMES)
     many = [_short(i) for i in range(MANY)]
     for rollouts, layers in ((many[:WHOLE], (4, 8)), (many[WHOLE:], (4,))):
         store = stores.write(root / "many.zarr", rollouts, _rows, vocab=stores.vocabulary(), layers=layers)
     project.scores(store, stores.directions(("bs/lying",), layers=(4,)))
-    return root
 
 
 def _short(i: int) -> Rollout:
@@ -75,8 +77,10 @@ def _image(viewer: Viewer, name: str, *, count: int) -> Floats:
 def test_more_rollouts_than_a_heatmap_holds_are_shown_in_parts(viewer: Viewer, kept: Path) -> None:
     many = datastore.open(kept / "many.zarr")
     names = list(map(str, many.rollouts.index))
-    means = np.array([oracle.score(many, name, "bs/lying@4") for name in names])[:, :, 2:]
-    wanted = (means[:, 0] / means[:, 1]).mean(axis=1)
+    rows = np.asarray(many.select("residual", layers=4).values, np.float64).reshape(MANY, 7, stores.WIDTH)
+    unit = np.asarray(stores.directions(("bs/lying",), layers=(4,))[0].values, np.float64)
+    cosines = rows @ (unit / np.linalg.norm(unit)) / np.linalg.norm(rows, axis=2)
+    wanted = cosines[:, 2:].mean(axis=1)
     wanted -= wanted.mean()
     viewer.open("?store=many.zarr&section=Heatmaps&smooth=1")
     np.testing.assert_allclose(_image(viewer, "trait-by-rollout", count=2000), wanted[:2000], atol=1e-6)

@@ -6,6 +6,7 @@ computed here from the scores and the token ids.
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 import datastore
 import project
 from tests import commands, house
+from tests.view import stores
 from tests.view.browser import Viewer, becomes, serving, shows, until, visiting
 
 GAME = house.ROOT / "experiments" / "secret_number" / "data"
@@ -40,7 +42,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> datastore.Store:
     """What `make demo` makes of the games: captured, calibrated, scored along the committed directions."""
     if not (GAME / "secret-number" / "model.safetensors").is_file():
         pytest.skip("the model of the secret-number game is not in this checkout")
-    path = str(tmp_path_factory.mktemp("real") / "run.zarr")
+    return datastore.open(stores.once(tmp_path_factory, "real", _make) / "run.zarr")
+
+
+def _make(root: Path) -> None:
+    path = str(root / "run.zarr")
     steps = [
         ["capture", "--store", path, "--experiment", str(GAME), "--prompt-set", "secret_number"],
         ["calibrate", path],
@@ -49,7 +55,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> datastore.Store:
     for step in steps:
         more = ["--layers", "best,best+1,4,5"] if step[0] == "project" else []
         assert commands.here(*step, *more) == 0
-    return datastore.open(path)
 
 
 @pytest.fixture(scope="module")
