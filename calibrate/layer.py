@@ -24,8 +24,8 @@ Floats = NDArray[np.float64]
 SAMPLES, SAMPLE_TOKENS = 6, 32
 SAMPLED_FROM = 1 << 13
 """Tokens from which on a sample, which reads as many chunks, is worth its time."""
-_THREADS = 4
-"""That read what was kept of layers: each holds a chunk of every statistic, 14 MB. More gain little."""
+_THREADS, _EACH = 4, 32 << 20
+"""That read what was kept of layers, and what each holds at most: a chunk of every statistic, and what comes of it."""
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 
@@ -97,7 +97,8 @@ def sum_layers(job: Job, run: Runner) -> list[LayerSums]:
         sources = range(len(selected.sources))
         return [task for source in sources for task in _keep(job, layer, source, memory=memory, into=found[layer])]
 
-    with ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0)))) as pool:
+    threads = min(_THREADS, len(os.sched_getaffinity(0)), max(1, job.settings.memory // _EACH))
+    with ThreadPoolExecutor(threads) as pool:
         tasks = [task for of_layer in pool.map(keep, found) for task in of_layer]
     for task, part in zip(tasks, run(job, tasks), strict=True):
         found[task.layer].sources[task.source].merge(part)

@@ -1,6 +1,7 @@
 """LoRA adapters over a model without head, perhaps without its last layers: every weight of the file has its place."""
 
 import hashlib
+import os
 import re
 import warnings
 from pathlib import Path
@@ -95,8 +96,8 @@ def _left_out(key: str, n_layers: int) -> bool:
 
 def _directory(adapter: str) -> Path:
     path = local_path(adapter)
-    if not path.is_dir():
-        if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", adapter):
+    if not os.path.isdir(path):
+        if os.path.exists(path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", adapter):
             raise ModelError(f"{adapter} is no directory of an adapter and no Hub id; give one of them")
         try:
             path = Path(snapshot_download(adapter, allow_patterns=[_CONFIG, _WEIGHTS]))

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 import platform
 import re
 import sys
@@ -273,9 +274,9 @@ def _facts(info: ModelInfo, *, dtype: str, device: str, attn_implementation: str
 def _directory(name_or_dir: str | Path) -> Path | None:
     """The directory that is meant, checked; None for a Hub id: `name` or `owner/name`, and no directory here."""
     path, text = local_path(name_or_dir), str(name_or_dir)
-    if not isinstance(name_or_dir, Path) and not path.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text):
+    if not isinstance(name_or_dir, Path) and not os.path.exists(path) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text):
         return None
-    if not path.is_dir():
+    if not os.path.isdir(path):  # not either of a name that is too long for one
         raise ModelError(
             f"{text} is not a directory, so there is no model in it; give a model's directory or a Hub id such "
             "as owner/name"

@@ -6,11 +6,12 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["PREFIX", "offload_folder"]
+__all__ = ["offload_folder"]
 
-PREFIX = "capture-on-disk-"
+_PREFIX = "capture-on-disk-"
 _YOUNG = 60.0
 """Seconds for which a directory is left alone, locked or not: its maker may be about to lock it."""
 
@@ -21,11 +22,12 @@ def offload_folder() -> Path:
     A process holds a lock on its directory. The system lets it go when the process ends, so that a directory without a
     lock is nobody's.
     """
-    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         if _nobodys(left):
             shutil.rmtree(left, ignore_errors=True)
-    made = Path(tempfile.mkdtemp(prefix=PREFIX))
-    fcntl.flock(os.open(made, os.O_RDONLY), fcntl.LOCK_EX)  # open until the process ends
+    made = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    with suppress(OSError):  # where nothing can be locked, nothing is deleted for others
+        fcntl.flock(os.open(made, os.O_RDONLY), fcntl.LOCK_EX)  # open until the process ends
     atexit.register(_delete, made, os.getpid())
     return made
 

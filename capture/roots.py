@@ -101,7 +101,7 @@ class Roots:
         RequestError
             A directory elsewhere.
         """
-        if not local_path(name).exists() and not name.startswith(("/", ".", "~")):
+        if not os.path.exists(local_path(name)) and not name.startswith(("/", ".", "~")):
             return name
         if self.models is None:
             raise RequestError(
@@ -141,7 +141,7 @@ def same_model(one: str, other: str) -> bool:
     if one == other:
         return True
     a, b = local_path(one), local_path(other)
-    return a.is_dir() and b.is_dir() and a.resolve() == b.resolve()
+    return os.path.isdir(a) and os.path.isdir(b) and a.resolve() == b.resolve()
 
 
 def _some(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from datastore.codec import ChunkDecoder
 from datastore.dtype import numpy_dtype
 from datastore.errors import CorruptError
 from datastore.findings import DAMAGE, Subject, some
-from datastore.plainfile import read_again
+from datastore.plainfile import read_plain
 from datastore.schema import SEGMENTS, STATISTICS
 from datastore.stats import Key, Moments, MomentsTable
 
@@ -155,7 +155,7 @@ class ComponentCheck:
             return storage.read_region(self._array, region)[:, 0]
         file = storage.chunk_file(self._array, (chunk, index, 0))
         try:
-            encoded = read_again(file, self._decoder.most_bytes)
+            encoded = read_plain(file, self._decoder.most_bytes)
         except OSError as error:
             raise CorruptError(f"{file} can't be read ({error.strerror})") from error
         values = np.empty((self._size, self._spec.width), dtype=numpy_dtype(self._spec.dtype))

@@ -26,8 +26,8 @@ __all__ = [
     "part_range",
 ]
 
-_MOST_NAME = 200
-"""Bytes of the name of a label's array; file systems take 255."""
+_MOST_NAME = 255
+"""Bytes of the name of a label's array: what file systems take."""
 MOST_TOKENS = 1024
 MOST_BYTES = 8 << 20
 
@@ -118,7 +118,7 @@ def label_file(name: str) -> str:
 
 
 def names_a_label(name: str) -> bool:
-    """Whether a label may be called so: its array's name is one of a directory, with room to spare."""
+    """Whether a label may be called so: its array's name can be that of a directory."""
     return bool(name) and "\0" not in name and len(label_file(name)) <= _MOST_NAME
 
 

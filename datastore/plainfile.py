@@ -10,10 +10,7 @@ import json
 import math
 import os
 import stat
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from io import FileIO
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -24,20 +21,7 @@ from numpy.typing import NDArray
 from datastore.codec import ChunkDecoder, decode_text
 from datastore.errors import CorruptError
 
-__all__ = [
-    "MOST_ARRAY",
-    "MOST_TABLE",
-    "READ_FLAGS",
-    "aligned",
-    "read_again",
-    "read_json",
-    "read_plain",
-    "read_small",
-    "shape_of",
-]
-
-_ALIGN: Final = 64
-_thread = threading.local()
+__all__ = ["MOST_ARRAY", "MOST_TABLE", "READ_FLAGS", "read_json", "read_plain", "read_small", "shape_of"]
 
 READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """A link is an error and a pipe does not wait for a writer."""
@@ -63,32 +47,6 @@ def read_plain(path: Path, most: int) -> bytes:
     CorruptError
         It is a link, no plain file, or larger; or it can't be read.
     """
-    with _opened(path, most) as (file, size):
-        return file.read(size)
-
-
-def read_again(path: Path, most: int) -> NDArray[np.uint8]:
-    """Read like `read_plain` into this thread's own memory, which the next call fills again.
-
-    Fresh memory takes as long as reading a file that the system has in its cache.
-    """
-    with _opened(path, most) as (file, size):
-        buffer = getattr(_thread, "buffer", None)
-        if buffer is None or len(buffer) < size:
-            buffer = _thread.buffer = aligned(size)
-        return buffer[: file.readinto(buffer[:size].data)]
-
-
-def aligned(nbytes: int) -> NDArray[np.uint8]:
-    """Return fresh memory that begins where a line of the processor's cache does."""
-    memory = np.empty(nbytes + _ALIGN, np.uint8)
-    offset = -memory.ctypes.data % _ALIGN
-    return memory[offset : offset + nbytes]
-
-
-@contextmanager
-def _opened(path: Path, most: int) -> Iterator[tuple[FileIO, int]]:
-    """Open a plain file and find its size; what goes wrong is told as in `read_plain`."""
     try:
         descriptor = os.open(path, READ_FLAGS)
     except FileNotFoundError:
@@ -96,14 +54,14 @@ def _opened(path: Path, most: int) -> Iterator[tuple[FileIO, int]]:
     except OSError as error:
         what = "is a link, which a store does not hold" if error.errno == errno.ELOOP else f"({error.strerror})"
         raise CorruptError(f"{path} can't be read: it {what}; what it holds is lost") from error
-    with FileIO(descriptor, "rb") as file:
+    with open(descriptor, "rb", buffering=0) as file:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise CorruptError(f"{path} is no plain file; what it should hold is lost")
         if found.st_size > most:
             raise CorruptError(f"{path} has {found.st_size:,} bytes, where at most {most:,} can be; it was not read")
         try:
-            yield file, found.st_size
+            return file.read(found.st_size)
         except OSError as error:
             raise CorruptError(f"{path} can't be read ({error.strerror}); what it holds is lost") from error
 

@@ -36,7 +36,7 @@ from datastore.errors import (
     NotAStoreError,
     ReadOnlyError,
 )
-from datastore.plainfile import MOST_ARRAY, MOST_TABLE, read_again, read_json, read_small, shape_of
+from datastore.plainfile import MOST_ARRAY, MOST_TABLE, read_json, read_plain, read_small, shape_of
 from datastore.plainwrite import consolidated, write_metadata, write_single
 from datastore.schema import FORMAT, FORMAT_VERSION, Codec
 from datastore.writebehind import WriteBehind, libc_function
@@ -350,11 +350,11 @@ def _decoded(
         out = np.empty([part.stop - part.start for part in region], decoder.dtype)
     if len(files) == 1 and out.size == decoder.tokens * decoder.width:  # a whole chunk needs no copy
         (file,) = files.values()
-        decoder.decode_into(read_again(file, decoder.most_bytes), out.reshape(decoder.tokens, decoder.width))
+        decoder.decode_into(read_plain(file, decoder.most_bytes), out.reshape(decoder.tokens, decoder.width))
         return out
     buffer = np.empty((decoder.tokens, decoder.width), decoder.dtype)
     for index, file in files.items():
-        decoder.decode_into(read_again(file, decoder.most_bytes), buffer)
+        decoder.decode_into(read_plain(file, decoder.most_bytes), buffer)
         bounds = [
             (max(part.start, i * n), min(part.stop, (i + 1) * n), part.start, i * n)
             for part, i, n in zip(region, index, sizes, strict=True)

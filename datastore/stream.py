@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 
 from datastore.codec import ChunkDecoder
 from datastore.errors import CorruptError, MisuseError
-from datastore.plainfile import READ_FLAGS, aligned
+from datastore.plainfile import READ_FLAGS
 
 __all__ = ["Block", "Source", "Span", "blocks", "map_blocks"]
 
 R = TypeVar("R")
+_ALIGN: Final = 64
 _STEP: Final = 256 << 10
 _MORE: Final = 256
 """Bytes that an encoded chunk and the alignment of buffers can take beyond the decoded chunk."""
@@ -344,7 +345,7 @@ def _file_bytes(file: Path, most: int) -> NDArray[np.uint8]:
     """Return the file's bytes in this thread's own buffer, at most one more than `most` of them."""
     scratch = getattr(_thread, "scratch", None)
     if scratch is None or len(scratch) <= most:
-        scratch = _thread.scratch = aligned(most + 1)
+        scratch = _thread.scratch = _aligned(most + 1)
     descriptor = os.open(file, READ_FLAGS)
     try:
         size = _cached(descriptor, scratch[: most + 1])
@@ -372,6 +373,12 @@ def _cached(descriptor: int, into: NDArray[np.uint8]) -> int:
         return os.preadv(descriptor, [into.data], 0, os.RWF_NOWAIT)
     except (AttributeError, OSError):  # none of it, or a system that can't say
         return 0
+
+
+def _aligned(nbytes: int) -> NDArray[np.uint8]:
+    memory = np.empty(nbytes + _ALIGN, np.uint8)
+    offset = -memory.ctypes.data % _ALIGN
+    return memory[offset : offset + nbytes]
 
 
 class _Buffers:
@@ -418,7 +425,7 @@ class _Buffers:
             self._held -= len(self._free.pop())
         if self._held + source.nbytes + encoded <= self.memory:
             self._held += source.nbytes
-            return aligned(source.nbytes)
+            return _aligned(source.nbytes)
         if self._out:
             return None
         raise MisuseError(

@@ -1,6 +1,6 @@
-"""The capture command where the CPU is taken for a device with memory of its own, and 512 << its rank tokens measured:
+"""The capture command where the CPU is taken for a device with memory of its own, and 512 << its rank tokens measured.
 
-together with the others that are to come, so that each has looked for a remembered budget before any is there.
+It measures when all that are expected do, so that each has looked for a remembered budget before any is there.
 """
 
 import os

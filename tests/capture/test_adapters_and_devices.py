@@ -128,6 +128,8 @@ def test_an_adapter_that_does_not_fit_is_never_ignored(model: Path, adapter: Pat
         load(describe(model, adapter=str(tmp_path)), device="cpu")
     with pytest.raises(ModelError, match="is no directory of an adapter and no Hub id"):
         load(describe(model, adapter="/no/such"), device="cpu")
+    with pytest.raises(ModelError, match="is no directory of an adapter and no Hub id"):
+        load(describe(model, adapter=f"/{'x' * 300}"), device="cpu")
 
 
 def test_quantising_needs_its_package(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,7 +206,10 @@ def test_directories_that_do_not_describe_a_model(break_it: Callable[[Path], Any
 
 @pytest.mark.parametrize(
     "name",
-    ["/no/such/model", "./no-such-model", Path("no-such-model"), "a/b/c", "~/no-such", "~nobody-of-that-name", "~\x00"],
+    [
+        *("/no/such/model", "./no-such-model", Path("no-such-model"), "a/b/c"),
+        *("~/no-such", "~nobody-of-that-name", "~\x00", f"/{'x' * 300}"),
+    ],
 )
 def test_a_directory_that_is_not_there(name: str | Path) -> None:
     with pytest.raises(ModelError, match=f"{name} is not a directory, so there is no model in it"):

@@ -286,6 +286,8 @@ def test_another_model_takes_the_place_of_this_one_only_if_it_is_there(server: S
     for elsewhere in (str(root / "experiments"), "~nobody-of-that-name"):
         with pytest.raises(ServerError, match="leads out of the directory"):
             client.load_model(elsewhere)
+    with pytest.raises(ServerError, match="holds a name of 300 bytes, and a file's has 255 at most"):
+        client.load_model(f"/{'x' * 300}")
     with pytest.raises(ServerError, match=r"nobody/has-this (can't|has no config)"):
         client.load_model("nobody/has-this")
     assert client.health().model == here

@@ -312,11 +312,11 @@ def visiting(chromium: Any, address: str, *, height: int = 1500) -> Iterator[Vie
     (page,) = context.pages
     page.set_viewport_size({"width": 1280, "height": height})
     one = Viewer(page, address)
-    yield one
     try:
+        yield one
         one.leave()
     except BaseException:
-        context.close()  # the next visitor is not troubled
+        context.close()  # the next visitor finds nothing of one who failed
         raise
     assert not one.errors, one.errors
     assert not one.foreign, one.foreign
